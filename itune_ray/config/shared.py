@@ -1,0 +1,234 @@
+"""Sections that several jobs share: where rows come from, which model, which engine, how it samples, where it runs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from itune_ray.config.base import Schema, Tree
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+class FileSource(Schema):
+    """Rows from files: JSONL, JSON, CSV or Parquet (also `.gz`), or the payload of an earlier artifact."""
+
+    type: Literal["file"] = "file"
+    path: str
+    """A file, a folder of files, or a URI (s3://, gs://); in a pipeline also `step://NAME/PAYLOAD`."""
+    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
+    """Row layout; `auto` decides by the columns of the first row and says what it took."""
+    name: str | None = None
+    """First part of every row key; default: the file's stem."""
+    limit: Positive | None = None
+    """Read only the first so many rows."""
+
+
+class PlaygroundSource(Schema):
+    """Rows of the built-in world, made from a seed: no files, no network."""
+
+    type: Literal["playground"] = "playground"
+    split: Literal["chat", "prompts", "raw", "manual", "test", "test_paraphrase"]
+    """chat: instruction and exact answer; prompts: instruction only; raw: pretraining text without chat turns; manual:
+    rated human-style rows; test and test_paraphrase: instances for evaluation, seen and held-out wordings."""
+    rows: Positive
+    seed: int = 0
+    options: dict[str, Any] = {}
+    """Arguments of the split, e.g. family weights; refused by name when unknown."""
+    name: str | None = None
+    """First part of every row key; default: `playground-SPLIT`."""
+
+
+class HubSource(Schema):
+    """A dataset of the Hugging Face Hub or a folder written by `datasets.save_to_disk`."""
+
+    type: Literal["hub"] = "hub"
+    path: str
+    """`org/name` or a folder."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
+    name: str | None = None
+    limit: Positive | None = None
+
+
+class CustomSource(Schema):
+    """Your own rows: a function that yields `itune_ray.data.records.Record`."""
+
+    type: Literal["custom"] = "custom"
+    import_path: str
+    """`package.module:function`; its source code is part of the artifact's identity."""
+    args: dict[str, Any] = {}
+    name: str | None = None
+
+
+Source = Annotated[FileSource | PlaygroundSource | HubSource | CustomSource, Field(discriminator="type")]
+
+
+class MixturePart(Schema):
+    """One part of a union with its weight (survey eq. 5)."""
+
+    source: Source
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is used per epoch: 0.5 takes a hash-sampled half, 2 uses each row twice."""
+    priority: int = 0
+    """On equal content the row of the higher priority stays."""
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class ModelRef(Schema):
+    """A pretrained model as others publish it: nothing is keyed on its name."""
+
+    path: str
+    """A Hub id, a folder, a URI (s3://, gs://), `playground://base`, `playground://teacher`, or in a pipeline
+    `step://NAME/model`. Gated Hub models use the token in the environment (HF_TOKEN)."""
+    revision: str | None = None
+    """Hub branch, tag or commit; the resolved commit is recorded."""
+    adapter: str | None = None
+    """A LoRA adapter folder or URI to use with it, e.g. `step://sft/adapter`."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a file that holds one, for models that ship none."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
+
+
+class SamplingConfig(Schema):
+    """How an engine samples; the defaults are those of distillation in methods D04."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: int = -1
+    """-1 keeps the whole vocabulary."""
+    max_tokens: Positive = 1024
+    stop: tuple[str, ...] = ()
+
+
+class VllmEngineConfig(Schema):
+    """vLLM in an actor of ours: LLMEngine stepped in-process on CPU, AsyncLLM on GPU."""
+
+    type: Literal["vllm"] = "vllm"
+    max_model_len: Positive | None = None
+    """Longest prompt plus answer in tokens; default: the model's own."""
+    max_num_seqs: Positive = 256
+    """Sequences that one engine decodes at once."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache on CPU; on GPU `gpu_memory_utilization` decides."""
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    max_adapters: Annotated[int, Field(ge=0)] = 0
+    """LoRA adapters that can be loaded at once; 0 switches LoRA off."""
+    max_adapter_rank: Positive = 64
+    max_logprobs: Positive = 20
+    enforce_eager: bool | None = None
+    """Skip graph capture; default: on CPU only."""
+    extra: dict[str, Any] = {}
+    """Further arguments of vLLM's EngineArgs, by their own names."""
+
+
+class FakeEngineConfig(Schema):
+    """A pure function with fault injection, for unit tests only."""
+
+    type: Literal["fake"] = "fake"
+    fail_rate: Fraction = 0.0
+    """Share of requests, chosen by hash, that return an error on every attempt."""
+    flaky_rate: Fraction = 0.0
+    """Share of requests that fail on the first attempt only."""
+    truncate_rate: Fraction = 0.0
+    """Share of completions cut with finish_reason `length`."""
+    refuse_rate: Fraction = 0.0
+    empty_rate: Fraction = 0.0
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminator="type")]
+
+
+class PoolConfig(Schema):
+    """How many engine replicas, and what each takes of the cluster. Where it runs never changes what it produces."""
+
+    replicas: Positive = 1
+    """Replicas, all asked for at once."""
+    cpus_each: Annotated[float, Field(ge=0)] = 1.0
+    gpus_each: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one replica; with tensor or pipeline parallel engines, of one shard."""
+    resources_each: dict[str, float] = {}
+    """Custom Ray resources of one replica, e.g. {gpu-infer: 1}."""
+    max_outstanding: Positive = 512
+    """Requests a replica holds at once; more wait at the sender, which is the backpressure."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Deadline of one request, queueing in the engine included."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Deadline of placement plus model loading."""
+    max_restarts: Annotated[int, Field(ge=0)] = 2
+    """Times a dead replica is started again before the pool gives up."""
+
+
+class ServedModel(Schema):
+    """A model with the engine that serves it and the pool that holds the replicas."""
+
+    model: ModelRef
+    engine: EngineConfig = VllmEngineConfig()
+    pool: PoolConfig = PoolConfig()
+
+    def identity(self) -> Tree:
+        """The pool is left out: it decides where, not what."""
+        return self.model_dump(mode="json", exclude={"pool"})
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+class RayConfig(Schema):
+    """How to reach Ray. A submitted job finds its cluster by itself."""
+
+    address: str | None = None
+    """`auto`, `host:port` or `ray://...`; default: $RAY_ADDRESS, else a fresh local Ray."""
+    num_cpus: Positive | None = None
+    """Logical CPUs of a fresh local Ray; default: the larger of 8 and the machine's cores, since most actors idle."""
+
+
+class RunSettings(Schema):
+    """Where and how a run happens. Never part of an artifact's identity."""
+
+    output: str | None = None
+    """Output root, an absolute path or a URI; default: $ITUNE_OUTPUT, else `./runs` on a local machine. It holds
+    `<name>/<stage>-<id>/`."""
+    ray: RayConfig = RayConfig()
+    lock_ttl_s: Annotated[float, Field(gt=0)] = 60.0
+    """A run's lock is taken over when its owner has not renewed it for this long."""
+
+
+class Job(Schema):
+    """What every job has: a name, a seed, and where it runs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run and of its folder under the output root."""
+    seed: int = 0
+    """Seed of all randomness of the job; rows draw by (seed, stage, row key, round)."""
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _output_shorthand(cls, tree: Any) -> Any:
+        """`output=/some/root` on the command line means `run.output=/some/root`."""
+        if isinstance(tree, dict) and "output" in tree:
+            rest: Tree = {str(k): v for k, v in tree.items() if k != "output"}  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+            return {**rest, "run": {**rest.get("run", {}), "output": tree["output"]}}
+        return tree  # pyright: ignore[reportUnknownVariableType]
+
+    def identity(self) -> Tree:
+        """All that decides the content: neither the name nor the run settings."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in ("name", "run")}

@@ -1,0 +1,211 @@
+"""Schema of `itune train`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from itune_ray.config.base import Schema, Tree
+from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
+
+# --- adaptation ----------------------------------------------------------------------------------------------------
+
+
+class FullConfig(Schema):
+    """Train every weight."""
+
+    type: Literal["full"] = "full"
+
+
+class LoraConfig(Schema):
+    """Low-rank adaptation W' = W0 + (alpha / rank) B A (survey eq. 7; Hu et al. 2022)."""
+
+    type: Literal["lora"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale numerator; default: twice the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Module names to adapt; `all-linear` takes every linear layer but the head (QLoRA's recipe)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    train_tokens: tuple[str, ...] = ()
+    """Tokens whose embedding rows are trained too, e.g. chat markers the base never saw."""
+
+
+PeftConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="type")]
+
+
+class InitConfig(Schema):
+    """A fresh model instead of a pretrained one: the `transformers` config class and its arguments."""
+
+    config: dict[str, Any]
+    """`model_type` and the architecture's own fields, e.g. {model_type: llama, hidden_size: 128, ...}; the vocabulary
+    and special token ids come from the tokenizer."""
+    tokenizer: str
+    """A folder, Hub id, URI or `playground://tokenizer`."""
+
+
+class TrainedModel(Schema):
+    """The model to train: a pretrained one by `path`, or a fresh one by `init`."""
+
+    path: str | None = None
+    """See `ModelRef.path`; excludes `init`."""
+    init: InitConfig | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
+    peft: PeftConfig = FullConfig()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TrainedModel":
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of model.path (a pretrained model) and model.init (a fresh one)")
+        return self
+
+    def reference(self) -> ModelRef:
+        """The pretrained model as a `ModelRef`."""
+        assert self.path is not None
+        return ModelRef(
+            path=self.path, revision=self.revision, tokenizer=self.tokenizer, chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+# --- what is optimised ---------------------------------------------------------------------------------------------
+
+
+class SftConfig(Schema):
+    """Supervised fine-tuning: negative log-likelihood over supervised tokens, divided once by their global count
+    (survey eq. 6 and 14)."""
+
+    type: Literal["sft"] = "sft"
+    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens of a chat count: every assistant turn with its end-of-turn token, the last one, or all. Text rows
+    are always supervised whole."""
+
+
+ObjectiveConfig = Annotated[SftConfig, Field(discriminator="type")]
+
+
+class AdamwConfig(Schema):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class MuonConfig(Schema):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for embeddings, norms and the head. Strategy ddp only: it
+    orthogonalises whole matrices."""
+
+    type: Literal["muon"] = "muon"
+    lr: Annotated[float, Field(gt=0)] = 0.02
+    momentum: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adamw: AdamwConfig = AdamwConfig(lr=3e-3)
+
+
+OptimizerConfig = Annotated[AdamwConfig | MuonConfig, Field(discriminator="type")]
+
+
+class ScheduleConfig(Schema):
+    """Learning-rate factor over the run: linear warm-up, then decay to `final`."""
+
+    type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: Fraction = 0.03
+    """Share of all steps."""
+    final: Fraction = 0.0
+    """Factor at the last step; ignored by `constant`."""
+
+
+# --- where it runs -------------------------------------------------------------------------------------------------
+
+
+class DdpConfig(Schema):
+    """Replicated weights, gradients averaged (torch DistributedDataParallel)."""
+
+    type: Literal["ddp"] = "ddp"
+
+
+class Fsdp2Config(Schema):
+    """Weights, gradients and optimizer state sharded per decoder layer (torch `fully_shard`)."""
+
+    type: Literal["fsdp2"] = "fsdp2"
+    reshard_after_forward: bool = True
+    """Free gathered weights after each forward: less memory, one more all-gather (ZeRO-3 against ZeRO-2)."""
+
+
+StrategyConfig = Annotated[DdpConfig | Fsdp2Config, Field(discriminator="type")]
+
+
+class TrainWorkers(Schema):
+    """Ray Train workers. Any number gives the same optimisation."""
+
+    num: Positive = 1
+    cpus_each: Annotated[float, Field(ge=0)] = 1.0
+    gpus_each: Annotated[float, Field(ge=0)] = 0.0
+    resources_each: dict[str, float] = {}
+    torch_threads: Positive | None = None
+    """Threads of one CPU worker; default: 1, since two on a busy machine are ten times slower."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint before the job gives up."""
+    collective_timeout_s: Positive = 600
+
+
+class CheckpointConfig(Schema):
+    """Sharded checkpoints with everything an exact resume needs."""
+
+    every_steps: Positive = 100
+    keep: Positive = 2
+
+
+class TrainJob(Job):
+    """Tune a model on a weighted union of rows; writes checkpoint/, model/ and, for adapters, adapter/."""
+
+    model: TrainedModel
+    data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    objective: ObjectiveConfig = SftConfig()
+    optimizer: OptimizerConfig = AdamwConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    strategy: StrategyConfig = Fsdp2Config()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: compute in bfloat16 with fp32 master weights and fp32 gradient reduction."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    """Optimizer steps; exactly one of `epochs` and `steps`."""
+    batch: Positive = 64
+    """Documents (chats or texts) per optimizer step, over all workers."""
+    max_length: Positive = 2048
+    """Longest document in tokens; a longer one is quarantined with reason `too_long`."""
+    packing: bool = True
+    """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
+    pack_length: Positive | None = None
+    """Tokens of one packed row; default: `max_length`."""
+    micro_batch: Positive = 8
+    """Packed rows of one forward pass per worker; accumulation follows from it and cannot move the loss."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    gradient_checkpointing: bool = False
+    workers: TrainWorkers = TrainWorkers()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: Positive = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainJob":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of `epochs` and `steps`")
+        if self.pack_length is not None and self.pack_length < self.max_length:
+            raise ValueError(f"pack_length {self.pack_length} must be at least max_length {self.max_length}")
+        if self.optimizer.type == "muon" and self.strategy.type != "ddp":
+            raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
+        return self
+
+    def identity(self) -> Tree:
+        """Neither workers, micro-batch, checkpointing nor logging move the result, so they are no part of it."""
+        left_out = ("workers", "micro_batch", "checkpoint", "log_every", "gradient_checkpointing")
+        return {key: value for key, value in super().identity().items() if key not in left_out}

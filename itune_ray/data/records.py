@@ -1,0 +1,153 @@
+"""The row: one flat Arrow table that every stage reads and writes.
+
+A row is keyed by (source, position, sample): where its input came from, the place there, and which of the n samples it
+is. Equal texts do not collide; `content_hash` says that they are equal.
+"""
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+import pyarrow as pa
+
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant" | "tool", "content": str}`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One row of instruction data, before or after any stage.
+
+    A prompt row ends in a user turn, a training row in an assistant turn, and a text row (pretraining) has `text` and
+    no messages.
+    """
+
+    source: str
+    """Name of the source in the job file, e.g. `alpaca`; the first part of the key."""
+    position: int
+    """Index of the input within its source, stable over runs."""
+    sample: int = 0
+    """Which of the n samples of this input; 0 for rows that were read, not generated."""
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    """Plain text to model whole; excludes `messages`."""
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Facts that travel with the row for graders and reports (family, paraphrase, language, ratings, ...): JSON values."""
+    weight: float = 1.0
+    """Weight of the row's source in the mixture (survey eq. 5)."""
+    parents: tuple[str, ...] = ()
+    """Keys of the rows this one was made from."""
+    recipe: str | None = None
+    round: int = 0
+    seed: int | None = None
+    model: str | None = None
+    """Model that wrote the last turn, as `path@revision`; None for human rows."""
+    sampling: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    num_prompt_tokens: int | None = None
+    num_tokens: int | None = None
+    """Tokens the model generated for this row."""
+
+    @property
+    def key(self) -> str:
+        """`source:position:sample`, unique in a table."""
+        return f"{self.source}:{self.position}:{self.sample}"
+
+    @property
+    def content_hash(self) -> str:
+        """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces)."""
+        content: Any = (
+            [[m["role"], _normalise(m["content"])] for m in self.messages] if self.text is None else _normalise(self.text)
+        )
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages without a final assistant turn."""
+        return self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
+    def response(self) -> str | None:
+        """The final assistant turn, or None for a prompt row."""
+        return self.messages[-1]["content"] if self.messages and self.messages[-1]["role"] == "assistant" else None
+
+    def to_row(self) -> dict[str, Any]:
+        """As a dict of Arrow values, with the derived `key` and `content_hash` columns; `meta` and `sampling` as JSON."""
+        row = asdict(self)
+        row["messages"], row["parents"] = [dict(m) for m in self.messages], list(self.parents)
+        row["meta"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True)
+        row["sampling"] = None if self.sampling is None else json.dumps(self.sampling, sort_keys=True)
+        return {"key": self.key, "content_hash": self.content_hash, **row}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """The inverse of `to_row`; columns that are no fields (ledger columns, scores) are left out."""
+        values = {f.name: row[f.name] for f in fields(cls) if f.name in row and row[f.name] is not None}
+        values["messages"] = tuple(
+            {"role": m["role"], "content": m["content"]} for m in _listed(values.get("messages"))
+        )
+        values["parents"] = tuple(_listed(values.get("parents")))
+        for name in ("meta", "sampling"):
+            if isinstance(values.get(name), str):
+                values[name] = json.loads(values[name])
+        for name in ("position", "sample", "round", "seed", "num_prompt_tokens", "num_tokens"):
+            if name in values:
+                values[name] = int(values[name])
+        return cls(**values)
+
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("content_hash", pa.string()),
+        ("source", pa.string()),
+        ("position", pa.int64()),
+        ("sample", pa.int32()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("text", pa.string()),
+        ("meta", pa.string()),
+        ("weight", pa.float64()),
+        ("parents", pa.list_(pa.string())),
+        ("recipe", pa.string()),
+        ("round", pa.int32()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),
+        ("sampling", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_tokens", pa.int32()),
+    ]
+)
+"""Columns of `Record.to_row()`."""
+
+
+def records_table(records: Iterable[Record]) -> pa.Table:
+    """Arrow table of records in `RECORD_SCHEMA`."""
+    return pa.Table.from_pylist([r.to_row() for r in records], schema=RECORD_SCHEMA)
+
+
+def row_seed(run_seed: int, stage: str, key: str, round: int = 0) -> int:
+    """63-bit seed of one row's randomness: a pure function of (run seed, stage, row key, round).
+
+    Any block count, worker count, order or retry therefore draws the same numbers.
+    """
+    identity = f"{run_seed}\x1f{stage}\x1f{key}\x1f{round}".encode()
+    return int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 1
+
+
+def row_rng(run_seed: int, stage: str, key: str, round: int = 0) -> random.Random:
+    """A generator seeded by `row_seed`."""
+    return random.Random(row_seed(run_seed, stage, key, round))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value)
+
+
+def _normalise(text: str) -> str:
+    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").split("\n")
+    return "\n".join(line.rstrip() for line in lines).rstrip()
