@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, ClassVar, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,12 +28,26 @@ class Schema(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
     )
 
+    beside_identity: ClassVar[frozenset[str]] = frozenset()
+    """Fields that decide where or how fast, never what: left out of the artifact's id."""
+
     def identity(self) -> Tree:
-        """What decides the content of the artifact this section describes: all fields, unless a subclass excludes some."""
-        return self.model_dump(mode="json")
+        """What decides the content of the artifact this section describes, as JSON values, all sections below included."""
+        fields = (name for name in type(self).model_fields if name not in self.beside_identity)
+        return {name: _identity(getattr(self, name)) for name in fields}
 
 
 S = TypeVar("S", bound=Schema)
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Schema):
+        return value.identity()
+    if isinstance(value, Mapping):
+        return {str(key): _identity(item) for key, item in typing.cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity(item) for item in typing.cast(Sequence[Any], value)]
+    return value
 
 
 def digest(value: object, length: int = 8) -> str:
@@ -124,7 +138,7 @@ def validate(schema: type[S], tree: Mapping[str, Any], where: str) -> S:
 
 
 def _explain(schema: type[Schema], error: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(_path_of(schema, error["loc"]))
     if error["type"] == "extra_forbidden":
         parent, key = error["loc"][:-1], str(error["loc"][-1])
         options = sorted(_fields_at(schema, parent))
@@ -139,6 +153,21 @@ def _explain(schema: type[Schema], error: ErrorDetails) -> str:
         return f"`{path}.type` is {tag!r}{did_you_mean(tag, tags)}; allowed: {', '.join(tags)}"
     message = error["msg"].removeprefix("Value error, ")
     return f"`{path}`: {message[:1].lower() + message[1:]}; got {error['input']!r}"
+
+
+def _path_of(schema: type[Schema], loc: Sequence[int | str]) -> list[str]:
+    """The location as people write it: without the union tags that pydantic puts in."""
+    current: list[type[Schema]] = [schema]
+    parts: list[str] = []
+    for part in loc:
+        fields = [c.model_fields[part] for c in current if isinstance(part, str) and part in c.model_fields]
+        if fields:
+            current = [s for field in fields for s in _schemas_in(field.annotation)]
+        elif any(_tag_of(c) == part for c in current):
+            current = [c for c in current if _tag_of(c) == part]
+            continue
+        parts.append(str(part))
+    return parts
 
 
 def _fields_at(schema: type[Schema], loc: Sequence[int | str]) -> set[str]:

@@ -118,6 +118,13 @@ class SamplingConfig(Schema):
 class VllmEngineConfig(Schema):
     """vLLM in an actor of ours: LLMEngine stepped in-process on CPU, AsyncLLM on GPU."""
 
+    beside_identity = frozenset(
+        {
+            "max_num_seqs", "gpu_memory_utilization", "kv_cache_gb", "tensor_parallel", "pipeline_parallel",
+            "max_adapters", "max_adapter_rank", "max_logprobs", "enforce_eager",
+        }
+    )
+
     type: Literal["vllm"] = "vllm"
     max_model_len: Positive | None = None
     """Longest prompt plus answer in tokens; default: the model's own."""
@@ -179,13 +186,11 @@ class PoolConfig(Schema):
 class ServedModel(Schema):
     """A model with the engine that serves it and the pool that holds the replicas."""
 
+    beside_identity = frozenset({"pool"})
+
     model: ModelRef
     engine: EngineConfig = VllmEngineConfig()
     pool: PoolConfig = PoolConfig()
-
-    def identity(self) -> Tree:
-        """The pool is left out: it decides where, not what."""
-        return self.model_dump(mode="json", exclude={"pool"})
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -214,6 +219,8 @@ class RunSettings(Schema):
 class Job(Schema):
     """What every job has: a name, a seed, and where it runs."""
 
+    beside_identity = frozenset({"name", "run"})
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run and of its folder under the output root."""
     seed: int = 0
@@ -228,7 +235,3 @@ class Job(Schema):
             rest: Tree = {str(k): v for k, v in tree.items() if k != "output"}  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
             return {**rest, "run": {**rest.get("run", {}), "output": tree["output"]}}
         return tree  # pyright: ignore[reportUnknownVariableType]
-
-    def identity(self) -> Tree:
-        """All that decides the content: neither the name nor the run settings."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in ("name", "run")}

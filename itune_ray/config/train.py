@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from itune_ray.config.base import Schema, Tree
+from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
 # --- adaptation ----------------------------------------------------------------------------------------------------
@@ -168,6 +168,10 @@ class CheckpointConfig(Schema):
 class TrainJob(Job):
     """Tune a model on a weighted union of rows; writes checkpoint/, model/ and, for adapters, adapter/."""
 
+    beside_identity = Job.beside_identity | {
+        "workers", "micro_batch", "checkpoint", "log_every", "gradient_checkpointing"
+    }
+
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     objective: ObjectiveConfig = SftConfig()
@@ -204,8 +208,3 @@ class TrainJob(Job):
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         return self
-
-    def identity(self) -> Tree:
-        """Neither workers, micro-batch, checkpointing nor logging move the result, so they are no part of it."""
-        left_out = ("workers", "micro_batch", "checkpoint", "log_every", "gradient_checkpointing")
-        return {key: value for key, value in super().identity().items() if key not in left_out}

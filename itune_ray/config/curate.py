@@ -1,0 +1,140 @@
+"""Schema of `itune curate`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from itune_ray.config.base import Schema
+from itune_ray.config.generate import CommitConfig
+from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel
+
+
+class FilterConfig(Schema):
+    """What every filter has."""
+
+    only: tuple[str, ...] = ()
+    """Apply only to rows of these sources; default: to all."""
+
+
+class LengthConfig(FilterConfig):
+    """Bounds on the size of the final answer and of the prompt, in characters."""
+
+    type: Literal["length"] = "length"
+    min_response: Annotated[int, Field(ge=0)] = 1
+    max_response: Positive = 32_768
+    min_prompt: Annotated[int, Field(ge=0)] = 1
+    max_prompt: Positive = 131_072
+
+
+class FinishReasonConfig(FilterConfig):
+    """Keep answers that ended by themselves; human rows have no finish_reason and pass."""
+
+    type: Literal["finish_reason"] = "finish_reason"
+    allowed: tuple[str, ...] = ("stop",)
+
+
+class RefusalConfig(FilterConfig):
+    """Drop refusals and self-identification in the first 200 characters of an answer (methods D29)."""
+
+    type: Literal["refusal"] = "refusal"
+    phrases: tuple[str, ...] = ()
+    """Added to the built-in list."""
+    keep_share: Fraction = 0.0
+    """Refusals kept, chosen by hash, as a share of all rows: a model that never saw one answers everything."""
+
+
+class ExactDedupConfig(FilterConfig):
+    """One row per normalised text (methods D26)."""
+
+    type: Literal["exact_dedup"] = "exact_dedup"
+    key: Literal["full", "prompt", "response"] = "full"
+    level: Annotated[int, Field(ge=0, le=3)] = 1
+    """0 NFKC, 1 and case and white space, 2 and punctuation, 3 and digits."""
+
+
+class MinhashDedupConfig(FilterConfig):
+    """One row per near-duplicate cluster: MinHash-LSH candidates, verified by true Jaccard similarity (methods D27)."""
+
+    type: Literal["minhash_dedup"] = "minhash_dedup"
+    key: Literal["full", "prompt", "response"] = "full"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    num_perm: Positive = 128
+    bands: Positive | None = None
+    """Default with `rows`: the pair that minimises false positives plus false negatives at the threshold."""
+    rows: Positive | None = None
+    ngram: Positive = 3
+    """Words per shingle; 2 for texts under 12 words."""
+    min_tokens: Positive = 5
+    """Shorter texts are left to exact_dedup."""
+
+
+class GraderConfig(FilterConfig):
+    """Keep answers an exact grader calls right."""
+
+    type: Literal["grader"] = "grader"
+    grader: str = "playground"
+    """A grader of `itune_ray.benchmarks`, or `package.module:function` of (prompt, reply, meta) -> score in [0, 1]."""
+    threshold: Fraction = 1.0
+
+
+class JudgeConfig(FilterConfig):
+    """Rate each answer with a model and keep the good ones (AlpaGasus, methods D30)."""
+
+    type: Literal["judge"] = "judge"
+    judge: ServedModel
+    dimension: str = "accuracy"
+    scale: tuple[float, float] = (0, 5)
+    threshold: float = 4.5
+    template: str | None = None
+    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}; default: the built-in."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=256)
+    max_parse_fail: Fraction = 0.2
+    """The job fails when more than this share of replies holds no score."""
+    commit: CommitConfig = CommitConfig()
+
+
+class HumanRatingConfig(FilterConfig):
+    """Keep rows whose mean human rating clears a threshold, and report Q_manual (survey eq. 1, methods D01)."""
+
+    type: Literal["human_rating"] = "human_rating"
+    threshold: Fraction = 0.75
+    """Of ratings scaled to [0, 1]: 0.75 is 4 on a scale of 1 to 5."""
+    q_min: Fraction | None = None
+    """The job fails when the lower 95 % bound of Q_manual is below this."""
+
+
+class CustomFilterConfig(FilterConfig):
+    """Your own filter: a class like those of `itune_ray.curate.filters`."""
+
+    type: Literal["custom"] = "custom"
+    import_path: str
+    """`package.module:Class`; its source code is part of the artifact's identity."""
+    args: dict[str, Any] = {}
+
+
+AnyFilter = Annotated[
+    LengthConfig
+    | FinishReasonConfig
+    | RefusalConfig
+    | ExactDedupConfig
+    | MinhashDedupConfig
+    | GraderConfig
+    | JudgeConfig
+    | HumanRatingConfig
+    | CustomFilterConfig,
+    Field(discriminator="type"),
+]
+
+
+class CurateJob(Job):
+    """Unite sources (survey eq. 5) and filter them; writes kept/, rejected/ (reason, score) and counts."""
+
+    beside_identity = Job.beside_identity | {"blocks"}
+
+    inputs: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    filters: tuple[AnyFilter, ...] = ()
+    """In this order, each over what the ones before it kept."""
+    min_rows: Positive = 1
+    """The job fails when fewer rows are kept: no training on an empty table, hours later."""
+    blocks: Positive = 8
+    """Ray Data blocks the table is cut into."""

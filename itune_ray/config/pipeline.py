@@ -1,0 +1,18 @@
+"""Schema of `itune pipeline`."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from itune_ray.config.shared import Job
+
+StepTree = dict[str, Any]
+
+
+class PipelineJob(Job):
+    """Jobs chained by artifacts, in the order written."""
+
+    steps: Annotated[dict[str, StepTree], Field(min_length=1)]
+    """Step name -> the job's own keys plus `job: generate | curate | train | evaluate | report | ...`. A string
+    `step://NAME/PAYLOAD` stands for a payload of an earlier step; `step://NAME` for its folder. `name`, `seed` and `run`
+    come from the pipeline."""

@@ -1,0 +1,17 @@
+"""Schema of `itune report`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from itune_ray.config.shared import Job, Positive
+
+
+class ReportJob(Job):
+    """Collect the artifacts of a run into report.html, tables.csv and summary.json."""
+
+    inputs: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Artifact folders or URIs, in the order of the pipeline; in a pipeline `step://NAME`."""
+    title: str | None = None
+    samples: Positive = 12
+    """Prompts shown side by side, before and after."""

@@ -1,0 +1,97 @@
+"""What an input *is*, whatever its place: the part of an artifact's identity that a path cannot tell.
+
+A path inside an artifact stands for that artifact's id; any other file or folder for the hash of its bytes; a
+`module:function` for the hash of its source; a playground split for the hash of the world's source. Names that are
+none of these (Hub ids) stand for themselves, with their revision beside them.
+"""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from itune_ray.data.storage import Folder
+from itune_ray.errors import ConfigError
+
+PATH_KEYS = frozenset({"path", "adapter", "tokenizer", "chat_template", "template", "import_path", "inputs"})
+"""Config keys whose values name an input."""
+
+PLAYGROUND = Path(__file__).parents[1] / "playground"
+
+
+def content_identity(tree: Any, key: str = "") -> Any:
+    """The identity tree of a config with every input path replaced by what it holds."""
+    if isinstance(tree, Mapping):
+        replaced = {name: content_identity(value, name) for name, value in tree.items()}
+        if tree.get("type") == "playground":
+            replaced["world"] = _files_digest(str(PLAYGROUND), "*.py")
+        return replaced
+    if isinstance(tree, list):
+        return [content_identity(item, key) for item in tree]
+    return fingerprint(tree) if key in PATH_KEYS and isinstance(tree, str) else tree
+
+
+def fingerprint(path: str) -> str:
+    """What a path, an import path or a name stands for; see the module docstring."""
+    if path.startswith("playground://"):
+        return "sha256:" + _files_digest(str(PLAYGROUND / "models" / path.removeprefix("playground://")), "*")
+    if "://" not in path and ":" in path:
+        return "source:" + _source_digest(path)
+    folder = Folder.at(path)
+    if "://" not in path and not folder.exists():
+        return path
+    inside = artifact_of(folder)
+    if inside is not None:
+        return f"artifact:{inside}"
+    return "sha256:" + (_files_digest(folder.path, "*") if folder.is_local else _remote_digest(folder))
+
+
+def artifact_of(folder: Folder) -> str | None:
+    """`<id>/<payload>` when the path lies in an artifact, else None."""
+    parts = folder.path.split("/")
+    for depth in range(len(parts), 0, -1):
+        parent = Folder(folder.fs, "/".join(parts[:depth]), "")
+        if "-" in parts[depth - 1] and parent.exists("manifest.json"):
+            return "/".join([parent.read_json("manifest.json")["id"], *parts[depth:]])
+    return None
+
+
+@functools.cache
+def _files_digest(path: str, pattern: str) -> str:
+    """Hash of the names and bytes of a file, or of all matching files below a folder."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob(pattern) if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        if "__pycache__" in file.parts:
+            continue
+        total.update(str(file.relative_to(root)).encode())
+        with open(file, "rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _remote_digest(folder: Folder) -> str:
+    """Hash of names, sizes and modification times: reading a bucket whole to name it would cost too much."""
+    info = folder.fs.get_file_info(folder.path)
+    selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
+    found = [info] if info.type == pafs.FileType.File else folder.fs.get_file_info(selector)
+    listing = sorted(f"{i.path} {i.size} {i.mtime_ns}" for i in found if i.type == pafs.FileType.File)
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+
+
+def _source_digest(import_path: str) -> str:
+    module, _, attribute = import_path.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not attribute:
+        raise ConfigError(
+            "no such module", got=import_path, allowed="package.module:name, importable from here", knob="import_path"
+        )
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16] + ":" + attribute

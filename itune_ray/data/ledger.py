@@ -1,0 +1,222 @@
+"""The row ledger: every input row of a stage ends in exactly one of accepted, rejected (reason) or failed (cause).
+
+A commit is one Parquet file, written atomically, with the outcomes of whole input rows. Resuming is an anti-join: the
+inputs of committed outcomes never reach an engine again, whether they were accepted or rejected. Failed inputs are
+driven again until their attempts are spent; the later outcome of the same input replaces the earlier one.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from itune_ray.data.records import RECORD_SCHEMA, Record
+from itune_ray.data.storage import Folder
+from itune_ray.errors import DataError
+
+Status = Literal["accepted", "rejected", "failed"]
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        *RECORD_SCHEMA,
+        ("input_key", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("cause", pa.string()),
+        ("attempts", pa.int32()),
+        ("raw", pa.string()),
+    ]
+)
+"""A record and how it ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one output row of one input row ended."""
+
+    record: Record
+    input_key: str
+    """Key of the input row; an input with n samples has n outcomes."""
+    status: Status
+    reason: str | None = None
+    """Why it was rejected, as a short word that can be counted."""
+    score: float = float("nan")
+    """The score that decided; NaN where nothing was scored."""
+    cause: str | None = None
+    """What failed, as the engine said it."""
+    attempts: int = 1
+    raw: str | None = None
+    """The reply as it came, kept where it could not be parsed."""
+
+    def to_row(self) -> dict[str, Any]:
+        """As a dict in `LEDGER_SCHEMA`."""
+        return {
+            **self.record.to_row(), "input_key": self.input_key, "status": self.status, "reason": self.reason,
+            "score": self.score, "cause": self.cause, "attempts": self.attempts, "raw": self.raw,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """The inverse of `to_row`."""
+        kept = ("input_key", "status", "reason", "cause", "attempts", "raw")
+        score = row.get("score")
+        return cls(
+            record=Record.from_row(row), score=float("nan") if score is None else float(score),
+            **{name: row[name] for name in kept},
+        )
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """Where the rows of a stage went; `rows_in = accepted + rejected + failed` always."""
+
+    rows_in: int
+    accepted: int
+    rejected: dict[str, int]
+    """Rows by reason."""
+    failed: dict[str, int]
+    """Rows by cause."""
+
+    def __post_init__(self) -> None:
+        out = self.accepted + sum(self.rejected.values()) + sum(self.failed.values())
+        if self.rows_in != out:
+            raise DataError(
+                f"the ledger does not balance: {self.rows_in} rows in, {out} out "
+                f"({self.accepted} accepted, {self.rejected} rejected, {self.failed} failed)"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """`{in, accepted, rejected: {reason: n}, failed: {cause: n}}`, as summary.json has it."""
+        return {"in": self.rows_in, "accepted": self.accepted, "rejected": self.rejected, "failed": self.failed}
+
+
+class Ledger:
+    """The commits of one stage, in `<artifact>/ledger/`."""
+
+    def __init__(self, folder: Folder):
+        self._folder = folder
+        self._commits = len([n for n in folder.names() if n.startswith("commit-")])
+
+    def commit(self, outcomes: Sequence[Outcome]) -> None:
+        """Make outcomes durable in one atomic file. All outcomes of an input must be in one commit."""
+        if outcomes:
+            table = pa.Table.from_pylist([o.to_row() for o in outcomes], schema=LEDGER_SCHEMA)
+            self._folder.write_table(f"commit-{self._commits:06d}.parquet", table)
+            self._commits += 1
+
+    def table(self) -> pa.Table:
+        """All outcomes that hold, sorted by key: of an input committed twice, only the later commit's."""
+        if self._commits == 0:
+            return LEDGER_SCHEMA.empty_table()
+        parts: list[pa.Table] = []
+        for index, name in enumerate(n for n in self._folder.names() if n.startswith("commit-")):
+            part = self._folder.read_table(name).cast(LEDGER_SCHEMA)
+            parts.append(part.append_column("commit", pa.array([index] * part.num_rows, pa.int32())))
+        joined = pa.concat_tables(parts)
+        latest = dict(zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True))
+        keep = [latest[k] == c for k, c in zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True)]
+        return joined.filter(pa.array(keep)).drop_columns(["commit"]).sort_by("key")
+
+    def settled(self, max_attempts: int) -> set[str]:
+        """Keys of the inputs that need no engine any more: accepted, rejected, or failed for good."""
+        table = self.table().select(["input_key", "status", "attempts"]).to_pylist()
+        open_keys = {r["input_key"] for r in table if r["status"] == "failed" and r["attempts"] < max_attempts}
+        return {r["input_key"] for r in table} - open_keys
+
+    def attempts(self) -> dict[str, int]:
+        """Attempts so far of each failed input."""
+        failed = self.table().filter(pc.field("status") == "failed").select(["input_key", "attempts"]).to_pylist()
+        return {r["input_key"]: r["attempts"] for r in failed}
+
+    def publish(self, target: Folder, names: dict[Status, str] | None = None) -> Funnel:
+        """Write the final tables (sorted by key, so equal runs give equal files) and count them.
+
+        Args:
+            target: The artifact; one folder per status is written into it.
+            names: Folder name per status, where it is not the status itself.
+        """
+        table = self.table()
+        for status in ("accepted", "rejected", "failed"):
+            part = table.filter(pc.field("status") == status)
+            target.write_table(f"{(names or {}).get(status, status)}/part-0.parquet", part)
+        return funnel_of(table)
+
+
+def funnel_of(table: pa.Table) -> Funnel:
+    """Count a table of `LEDGER_SCHEMA` by status, reason and cause."""
+    rows = table.select(["status", "reason", "cause"]).to_pylist()
+    return Funnel(
+        rows_in=len(rows),
+        accepted=sum(r["status"] == "accepted" for r in rows),
+        rejected=_counted(r["reason"] for r in rows if r["status"] == "rejected"),
+        failed=_counted(r["cause"] for r in rows if r["status"] == "failed"),
+    )
+
+
+def _counted(words: Iterable[str | None]) -> dict[str, int]:
+    return dict(sorted(Counter(w or "unknown" for w in words).items()))
+
+
+class Committer:
+    """Collects outcomes and commits them every `rows` rows or `seconds` seconds, whichever comes first.
+
+    Use as a context manager: what is left is committed on a clean exit, and also when an error ends the stage.
+    """
+
+    def __init__(self, ledger: Ledger, rows: int = 256, seconds: float = 5.0):
+        self._ledger, self._rows, self._seconds = ledger, rows, seconds
+        self._pending: list[Outcome] = []
+        self._since = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._timer = threading.Thread(target=self._flush_on_time, daemon=True, name="ledger-commit")
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._timer.join()
+        self.flush()
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Take the outcomes of one or more whole inputs."""
+        with self._lock:
+            self._raise_pending_error()
+            self._pending.extend(outcomes)
+            if len(self._pending) >= self._rows:
+                self._commit()
+
+    def flush(self) -> None:
+        """Commit what is pending now."""
+        with self._lock:
+            self._raise_pending_error()
+            self._commit()
+
+    def _commit(self) -> None:
+        self._ledger.commit(self._pending)
+        self._pending, self._since = [], time.monotonic()
+
+    def _flush_on_time(self) -> None:
+        while not self._stop.wait(min(0.25, self._seconds / 4)):
+            with self._lock:
+                if not self._pending or time.monotonic() - self._since < self._seconds:
+                    continue
+                try:
+                    self._commit()
+                except Exception as error:  # re-raised in the thread that adds: a timer has nobody to tell
+                    self._error = error
+                    return
+
+    def _raise_pending_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

@@ -1,0 +1,142 @@
+"""Folders on any filesystem: a local path, s3://, gs:// — one small surface over pyarrow.fs.
+
+Writes are atomic: a local file is written beside its place and renamed; an object store makes a PUT visible whole.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from itune_ray.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder by its filesystem and its path there."""
+
+    fs: pafs.FileSystem
+    path: str
+    uri: str
+    """What a person would write: an absolute path or a URI."""
+
+    @classmethod
+    def at(cls, uri: str | Path) -> Self:
+        """The folder of an absolute or relative path, or of a URI."""
+        text = str(uri)
+        if "://" not in text:
+            absolute = os.path.abspath(os.path.expanduser(text))
+            return cls(pafs.LocalFileSystem(), absolute, absolute)
+        try:
+            fs, path = pafs.FileSystem.from_uri(text)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(
+                f"cannot open the storage: {error}", got=text, allowed="an absolute path, file://, s3:// or gs://"
+            ) from None
+        return cls(fs, path, text.rstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine's own filesystem."""
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __truediv__(self, name: str) -> "Folder":
+        return type(self)(self.fs, f"{self.path}/{name}", f"{self.uri}/{name}")
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        return self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """Sorted names of the files and folders in it; empty when it does not exist."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.fs.get_file_info(selector) if not _is_partial(info.base_name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file."""
+        try:
+            with self.fs.open_input_stream(self._at(name)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            raise StorageError("no such file", got=f"{self.uri}/{name}") from None
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write the file whole or not at all."""
+        for sink in self._publish(name):
+            with self.fs.open_output_stream(sink) as stream:
+                stream.write(data)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A value as indented JSON."""
+        self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file, or every Parquet file of a folder in the order of their names."""
+        if self.fs.get_file_info(self._at(name)).type == pafs.FileType.Directory:
+            inside = self / name
+            parts = [inside.read_table(part, columns) for part in inside.names() if part.endswith(".parquet")]
+            if not parts:
+                raise StorageError("the folder holds no Parquet file", got=inside.uri)
+            return pa.concat_tables(parts, promote_options="default")
+        try:
+            return pq.read_table(self._at(name), columns=columns, filesystem=self.fs)
+        except FileNotFoundError:
+            raise StorageError("no such file", got=f"{self.uri}/{name}") from None
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """A Parquet file, whole or not at all."""
+        for sink in self._publish(name):
+            pq.write_table(table, sink, filesystem=self.fs, compression="zstd")
+
+    def append_line(self, name: str, line: str) -> None:
+        """Add a line to a small log; on an object store, which cannot append, the file is written anew."""
+        if self.is_local:
+            Path(self.path).mkdir(parents=True, exist_ok=True)
+            with open(self._at(name), "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        before = self.read_bytes(name) if self.exists(name) else b""
+        self.write_bytes(name, before + line.encode() + b"\n")
+
+    def delete(self, name: str = "") -> None:
+        """Remove a file or a folder with all in it; nothing happens when it is not there."""
+        kind = self.fs.get_file_info(self._at(name)).type
+        if kind == pafs.FileType.Directory:
+            self.fs.delete_dir(self._at(name))
+        elif kind == pafs.FileType.File:
+            self.fs.delete_file(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def _publish(self, name: str) -> Iterator[str]:
+        """Yield the path to write to, then make what was written there visible under `name`."""
+        target = self._at(name)
+        try:
+            self.fs.create_dir(os.path.dirname(target), recursive=True)
+            if not self.is_local:
+                yield target
+                return
+            partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.partial"
+            try:
+                yield partial
+                os.replace(partial, target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.uri}/{name}: {error.strerror or error}", knob="run.output") from error
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".partial")

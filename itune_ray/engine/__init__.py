@@ -1,0 +1,1 @@
+"""Engines that generate text, and the pool that holds their replicas."""

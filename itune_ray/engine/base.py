@@ -1,0 +1,102 @@
+"""The engine contract: requests in, completions out, one bad prompt never failing another.
+
+An engine has two verbs, and a pool serves one of them: `generate` and `embed`. Engines render chats themselves, with
+the project's one renderer, so a prompt reaches every engine as messages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from itune_ray.data.records import Message
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Sampling of one request."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    """Samples of the same prompt; all are returned."""
+    seed: int | None = None
+    logprobs: int | None = None
+    """Top log-probabilities per generated token; 0 gives the chosen token's only."""
+    prompt_logprobs: int | None = None
+    """The same per prompt token. Raw values at T = 1 whatever the temperature."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt. Exactly one of `messages`, `text` and `token_ids` is given."""
+
+    id: str
+    """Idempotent: sent again after a replica's death, it names the same work."""
+    sampling: Sampling
+    messages: tuple[Message, ...] | None = None
+    """A chat, rendered with a generation prompt; with a final assistant turn, rendered whole (for scoring)."""
+    text: str | None = None
+    """Text to continue, tokenised with BOS and no template."""
+    token_ids: tuple[int, ...] | None = None
+    adapter: str | None = None
+    """Folder of a LoRA adapter to answer with; loaded on first use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One generated continuation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[dict[int, float], ...] | None = None
+    """Per generated token: token id -> log-probability (natural log), the chosen token always among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to one request; `error` is set instead of samples when it failed."""
+
+    id: str
+    samples: tuple[Sample, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    """Per prompt token: token id -> log-probability given the tokens before it; None at the first."""
+    error: str | None = None
+    """Why it failed, in the engine's own words."""
+    retryable: bool = False
+    """Whether another attempt may mend it: a dead replica, not a prompt that is too long."""
+
+
+class Engine(Protocol):
+    """What every engine can do."""
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete each request; same length and order, errors as completions, never raised for one request."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector per text."""
+        ...
+
+
+class Llm(Protocol):
+    """What a recipe sees: chats in, completions out, for one model."""
+
+    async def generate(
+        self, messages: Sequence[Message], *, key: str, sampling: Sampling | None = None, n: int = 1
+    ) -> Completion:
+        """Complete one chat.
+
+        Args:
+            messages: The chat, ending in a user turn.
+            key: Names the call within the job, e.g. the row key; decides the seed, so that a retry draws the same.
+            sampling: Default: the job's.
+            n: Samples to draw; overrides the sampling's.
+        """
+        ...
