@@ -32,7 +32,7 @@ class Schema(BaseModel):
     """Fields that decide where or how fast, never what: left out of the artifact's id."""
 
     def identity(self) -> Tree:
-        """What decides the content of the artifact this section describes, as JSON values, all sections below included."""
+        """What decides the content of the artifact this section describes, as JSON values, sections below included."""
         fields = (name for name in type(self).model_fields if name not in self.beside_identity)
         return {name: _identity(getattr(self, name)) for name in fields}
 

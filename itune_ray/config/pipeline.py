@@ -14,5 +14,5 @@ class PipelineJob(Job):
 
     steps: Annotated[dict[str, StepTree], Field(min_length=1)]
     """Step name -> the job's own keys plus `job: generate | curate | train | evaluate | report | ...`. A string
-    `step://NAME/PAYLOAD` stands for a payload of an earlier step; `step://NAME` for its folder. `name`, `seed` and `run`
-    come from the pipeline."""
+    `step://NAME/PAYLOAD` stands for a payload of an earlier step, `step://NAME` for its folder. `name` and `run` come
+    from the pipeline, and `seed` where the step has none."""

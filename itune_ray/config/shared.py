@@ -1,6 +1,6 @@
 """Sections that several jobs share: where rows come from, which model, which engine, how it samples, where it runs."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -231,7 +231,8 @@ class Job(Schema):
     @classmethod
     def _output_shorthand(cls, tree: Any) -> Any:
         """`output=/some/root` on the command line means `run.output=/some/root`."""
-        if isinstance(tree, dict) and "output" in tree:
-            rest: Tree = {str(k): v for k, v in tree.items() if k != "output"}  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
-            return {**rest, "run": {**rest.get("run", {}), "output": tree["output"]}}
-        return tree  # pyright: ignore[reportUnknownVariableType]
+        if not isinstance(tree, dict) or "output" not in tree:
+            return tree
+        rest = cast(Tree, tree).copy()
+        output = rest.pop("output")
+        return {**rest, "run": {**rest.get("run", {}), "output": output}}

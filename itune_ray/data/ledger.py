@@ -119,8 +119,8 @@ class Ledger:
             part = self._folder.read_table(name).cast(LEDGER_SCHEMA)
             parts.append(part.append_column("commit", pa.array([index] * part.num_rows, pa.int32())))
         joined = pa.concat_tables(parts)
-        latest = dict(zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True))
-        keep = [latest[k] == c for k, c in zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True)]
+        latest = dict(_pairs(joined))
+        keep = [latest[key] == commit for key, commit in _pairs(joined)]
         return joined.filter(pa.array(keep)).drop_columns(["commit"]).sort_by("key")
 
     def settled(self, max_attempts: int) -> set[str]:
@@ -159,6 +159,10 @@ def funnel_of(table: pa.Table) -> Funnel:
     )
 
 
+def _pairs(joined: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True))
+
+
 def _counted(words: Iterable[str | None]) -> dict[str, int]:
     return dict(sorted(Counter(w or "unknown" for w in words).items()))
 
@@ -188,10 +192,13 @@ class Committer:
         self.flush()
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
-        """Take the outcomes of one or more whole inputs."""
+        """Take the outcomes of one or more whole inputs; an input driven again goes into a later commit."""
+        taken = list(outcomes)
         with self._lock:
             self._raise_pending_error()
-            self._pending.extend(outcomes)
+            if {o.input_key for o in self._pending} & {o.input_key for o in taken}:
+                self._commit()
+            self._pending.extend(taken)
             if len(self._pending) >= self._rows:
                 self._commit()
 
@@ -212,7 +219,7 @@ class Committer:
                     continue
                 try:
                     self._commit()
-                except Exception as error:  # re-raised in the thread that adds: a timer has nobody to tell
+                except Exception as error:  # noqa: BLE001  re-raised in the thread that adds: a timer has nobody to tell
                     self._error = error
                     return
 

@@ -36,7 +36,7 @@ class Record:
     text: str | None = None
     """Plain text to model whole; excludes `messages`."""
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Facts that travel with the row for graders and reports (family, paraphrase, language, ratings, ...): JSON values."""
+    """Facts that travel with the row for graders and reports (family, language, ratings, ...): JSON values."""
     weight: float = 1.0
     """Weight of the row's source in the mixture (survey eq. 5)."""
     parents: tuple[str, ...] = ()
@@ -60,9 +60,8 @@ class Record:
     @property
     def content_hash(self) -> str:
         """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces)."""
-        content: Any = (
-            [[m["role"], _normalise(m["content"])] for m in self.messages] if self.text is None else _normalise(self.text)
-        )
+        turns = [[m["role"], _normalise(m["content"])] for m in self.messages]
+        content: Any = turns if self.text is None else _normalise(self.text)
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
 
     @property
@@ -76,7 +75,7 @@ class Record:
         return self.messages[-1]["content"] if self.messages and self.messages[-1]["role"] == "assistant" else None
 
     def to_row(self) -> dict[str, Any]:
-        """As a dict of Arrow values, with the derived `key` and `content_hash` columns; `meta` and `sampling` as JSON."""
+        """As a dict of Arrow values, with the derived `key` and `content_hash`; `meta` and `sampling` as JSON."""
         row = asdict(self)
         row["messages"], row["parents"] = [dict(m) for m in self.messages], list(self.parents)
         row["meta"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True)

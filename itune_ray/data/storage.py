@@ -135,7 +135,8 @@ class Folder:
             finally:
                 Path(partial).unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot write {self.uri}/{name}: {error.strerror or error}", knob="run.output") from error
+            reason = error.strerror or error
+            raise StorageError(f"cannot write {self.uri}/{name}: {reason}", knob="run.output") from error
 
 
 def _is_partial(name: str) -> bool:
