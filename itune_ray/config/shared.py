@@ -203,6 +203,10 @@ class RayConfig(Schema):
     """`auto`, `host:port` or `ray://...`; default: $RAY_ADDRESS, else a fresh local Ray."""
     num_cpus: Positive | None = None
     """Logical CPUs of a fresh local Ray; default: the larger of 8 and the machine's cores, since most actors idle."""
+    dashboard: bool = True
+    """Start the dashboard with a fresh local Ray."""
+    dashboard_port: Positive | None = None
+    """Its port; default: 8265 or the next free one."""
 
 
 class RunSettings(Schema):

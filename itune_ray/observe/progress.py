@@ -1,9 +1,9 @@
-"""Progress of long steps: bars with rows/s, tokens/s and time left on a terminal, one plain line now and then elsewhere."""
+"""Progress of long steps: bars with rows/s, tokens/s and time left on a terminal, plain lines now and then elsewhere."""
 
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -46,7 +46,7 @@ class Task:
         rates = [f"{(done - self._first) / elapsed:,.1f} {self._unit}/s"]
         if tokens is not None:
             rates.append(f"{tokens / elapsed:,.0f} tokens/s")
-        self._facts = "  ".join(rates + [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()])
+        self._facts = "  ".join([*rates, *(f"{name} {_short(value)}" for name, value in shown.items())])
         self._progress.show(self._bar, done, self._total, self._facts)
         if now - self._spoken >= PLAIN_INTERVAL_S:
             self._spoken = now
@@ -57,11 +57,15 @@ class Task:
         return f"{self._name}: {self._done}{of} {self._unit} in {now - self._started:.1f} s  {self._facts}".rstrip()
 
 
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 class Progress:
     """All bars of one command."""
 
-    def __init__(self, quiet: bool = False):
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None):
+        self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
         self._rich = RichProgress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),

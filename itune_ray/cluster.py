@@ -1,0 +1,108 @@
+"""The connection to Ray, and the check that a cluster can hold what a stage is about to ask for."""
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from itune_ray.config.shared import RayConfig
+from itune_ray.errors import ClusterError
+from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
+
+if TYPE_CHECKING:
+    import ray
+
+MIN_LOGICAL_CPUS = 8
+"""Of a fresh local Ray: engines, recipe workers and eval actors mostly wait, so they may share two real cores."""
+
+
+def connect(config: RayConfig) -> None:
+    """Join the cluster, or start a local Ray; does nothing when connected already."""
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    common = {
+        "log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True,
+        "runtime_env": {"env_vars": dict(QUIET_ENVIRONMENT)},
+    }
+    if in_submitted_job():
+        ray.init(**{k: v for k, v in common.items() if k != "runtime_env"})
+    elif address:
+        _join(address, common)
+    else:
+        _start_local(config, common)
+
+
+def _join(address: str, common: dict[str, object]) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(
+            f"cannot join the Ray cluster: {reason}", got=address, allowed="auto, host:port or ray://host:port",
+            knob="run.ray.address or RAY_ADDRESS",
+        ) from None
+
+
+def _start_local(config: RayConfig, common: dict[str, object]) -> None:
+    import ray
+
+    if config.dashboard_port is not None and port_in_use(config.dashboard_port):
+        raise ClusterError(
+            "the dashboard's port is in use", got=config.dashboard_port, allowed="a free port, or none to take any",
+            knob="run.ray.dashboard_port",
+        )
+    ray.init(
+        num_cpus=config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+        include_dashboard=config.dashboard, dashboard_port=config.dashboard_port, **common,
+    )
+
+
+def dashboard_url() -> str | None:
+    """Link to the dashboard of the connected cluster."""
+    import ray
+
+    url = ray.get_runtime_context().dashboard_url if hasattr(ray.get_runtime_context(), "dashboard_url") else None
+    return url or getattr(ray._private.worker.global_worker.node, "webui_url", None)
+
+
+def in_submitted_job() -> bool:
+    """Whether this driver was started by Ray's job submission, whose working directory is thrown away afterwards."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def require(needed: Mapping[str, float], what: str, knob: str) -> None:
+    """Refuse at once what would otherwise wait for ever.
+
+    Args:
+        needed: Resources that must be held at the same time, e.g. {"CPU": 3.0}.
+        what: Who asks, for the message.
+        knob: The config path that makes the ask smaller.
+
+    Raises:
+        ClusterError: The whole cluster, autoscaling aside, has less than that.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    for name, amount in needed.items():
+        have = total.get(name, 0.0)
+        if amount > have + 1e-9:
+            raise ClusterError(
+                f"{what} needs {amount:g} {name}, and the cluster has {have:g}",
+                allowed=f"at most {have:g} {name}, or a larger cluster",
+                knob=knob,
+            )
+
+
+def port_in_use(port: int) -> bool:
+    """Whether something listens on the port of this machine."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
