@@ -3,45 +3,46 @@
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from itune_ray.config.shared import RayConfig
 from itune_ray.errors import ClusterError
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
 
-if TYPE_CHECKING:
-    import ray
-
 MIN_LOGICAL_CPUS = 8
 """Of a fresh local Ray: engines, recipe workers and eval actors mostly wait, so they may share two real cores."""
 
 
-def connect(config: RayConfig) -> None:
-    """Join the cluster, or start a local Ray; does nothing when connected already."""
+def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -> None:
+    """Join the cluster, or start a local Ray, and say where its dashboard is; does nothing when connected already.
+
+    Every stage calls this first thing after finding that it has work to do: a run whose stages are all finished never
+    starts Ray.
+    """
     quiet_environment()
     import ray
 
     if ray.is_initialized():
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
-    common = {
-        "log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True,
-        "runtime_env": {"env_vars": dict(QUIET_ENVIRONMENT)},
-    }
     if in_submitted_job():
-        ray.init(**{k: v for k, v in common.items() if k != "runtime_env"})
-    elif address:
-        _join(address, common)
+        link = _link(ray.init(log_to_driver=False, logging_level=logging.WARNING))
     else:
-        _start_local(config, common)
+        link = _join(address) if address else _start_local(config)
+    if link:
+        say(f"Ray dashboard: {link}")
 
 
-def _join(address: str, common: dict[str, object]) -> None:
+def _join(address: str) -> str | None:
     import ray
 
     try:
-        ray.init(address=address, **common)
+        return _link(
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.WARNING,
+                runtime_env={"env_vars": dict(QUIET_ENVIRONMENT)},
+            )
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(
@@ -50,7 +51,7 @@ def _join(address: str, common: dict[str, object]) -> None:
         ) from None
 
 
-def _start_local(config: RayConfig, common: dict[str, object]) -> None:
+def _start_local(config: RayConfig) -> str | None:
     import ray
 
     if config.dashboard_port is not None and port_in_use(config.dashboard_port):
@@ -58,18 +59,18 @@ def _start_local(config: RayConfig, common: dict[str, object]) -> None:
             "the dashboard's port is in use", got=config.dashboard_port, allowed="a free port, or none to take any",
             knob="run.ray.dashboard_port",
         )
-    ray.init(
-        num_cpus=config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        include_dashboard=config.dashboard, dashboard_port=config.dashboard_port, **common,
+    num_cpus = config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+    return _link(
+        ray.init(
+            num_cpus=num_cpus, include_dashboard=config.dashboard, dashboard_port=config.dashboard_port,
+            log_to_driver=False, logging_level=logging.WARNING,
+        )
     )
 
 
-def dashboard_url() -> str | None:
-    """Link to the dashboard of the connected cluster."""
-    import ray
-
-    url = ray.get_runtime_context().dashboard_url if hasattr(ray.get_runtime_context(), "dashboard_url") else None
-    return url or getattr(ray._private.worker.global_worker.node, "webui_url", None)
+def _link(context: object) -> str | None:
+    url = getattr(context, "dashboard_url", None)
+    return f"http://{url}" if url and "://" not in url else url
 
 
 def in_submitted_job() -> bool:

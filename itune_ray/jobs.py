@@ -38,7 +38,7 @@ JOBS = {
         "collect a run's artifacts into report.html, tables.csv and summary.json",
     ),
     "pipeline": JobType(
-        "itune_ray.config.pipeline:PipelineJob", "itune_ray.pipeline.run:execute", "run jobs chained by their artifacts",
+        "itune_ray.config.pipeline:PipelineJob", "itune_ray.pipeline.run:run", "run jobs chained by artifacts",
     ),
 }
 

@@ -162,7 +162,7 @@ def _path_of(schema: type[Schema], loc: Sequence[int | str]) -> list[str]:
     for part in loc:
         fields = [c.model_fields[part] for c in current if isinstance(part, str) and part in c.model_fields]
         if fields:
-            current = [s for field in fields for s in _schemas_in(field.annotation)]
+            current = [s for field in fields for s in schemas_in(field.annotation)]
         elif any(_tag_of(c) == part for c in current):
             current = [c for c in current if _tag_of(c) == part]
             continue
@@ -177,7 +177,7 @@ def _fields_at(schema: type[Schema], loc: Sequence[int | str]) -> set[str]:
         following: list[type[Schema]] = []
         for candidate in current:
             if isinstance(part, str) and part in candidate.model_fields:
-                following += list(_schemas_in(candidate.model_fields[part].annotation))
+                following += list(schemas_in(candidate.model_fields[part].annotation))
             elif _tag_of(candidate) == part or isinstance(part, int):
                 following.append(candidate)
         current = following or current
@@ -191,14 +191,15 @@ def _tag_of(schema: type[Schema]) -> str | None:
     return None if field is None else str(field.default)
 
 
-def _schemas_in(annotation: Any) -> Iterator[type[Schema]]:
+def schemas_in(annotation: Any) -> Iterator[type[Schema]]:
+    """The schemas an annotation can mean: itself, or the members of its unions and containers."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, Schema):
             yield annotation
         return
     if typing.get_origin(annotation) in (Union, types.UnionType, list, tuple, dict, typing.Annotated):
         for argument in typing.get_args(annotation):
-            yield from _schemas_in(argument)
+            yield from schemas_in(argument)
 
 
 def to_yaml(config: Schema) -> str:

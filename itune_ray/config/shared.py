@@ -233,10 +233,10 @@ class Job(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _output_shorthand(cls, tree: Any) -> Any:
+    def _output_shorthand(cls, tree: object) -> object:
         """`output=/some/root` on the command line means `run.output=/some/root`."""
-        if not isinstance(tree, dict) or "output" not in tree:
-            return tree
-        rest = cast(Tree, tree).copy()
-        output = rest.pop("output")
-        return {**rest, "run": {**rest.get("run", {}), "output": output}}
+        given: Tree = cast(Tree, tree).copy() if isinstance(tree, dict) else {}
+        if "output" not in given:
+            return cast(object, tree)
+        output = given.pop("output")
+        return {**given, "run": {**given.get("run", {}), "output": output}}

@@ -1,0 +1,59 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. ACCEL=gpu takes the CUDA build of torch and vLLM.
+
+PYTHON ?= python3
+ACCEL ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(ACCEL)
+READY_DEV := $(VENV)/.ready-dev-$(ACCEL)
+
+# uv does not read pip's settings: pass a local folder of wheels and the machine's own certificates on to it.
+UV := UV_SYSTEM_CERTS=1 $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv pip install --python $(BIN)/python
+# Without a folder of wheels the CPU build of torch comes from PyTorch's own index.
+BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
+# The CPU build of vLLM asks for packages that have no CPU build and that nothing here uses.
+OVERRIDE_cpu := --override requirements/cpu-overrides.txt
+INSTALL = $(UV) $(BACKEND_$(ACCEL)) $(OVERRIDE_$(ACCEL)) --constraint requirements/constraints.txt
+
+.PHONY: quickstart test fast soak playground lint format clean
+
+quickstart: $(READY)  ## prompts -> teacher -> curated rows -> tuned student -> scores -> report.html
+	$(BIN)/itune pipeline jobs/pipeline/quickstart.yaml
+
+test: $(READY_DEV)  ## everything but the soak tests, on real Ray, vLLM and processes
+	$(BIN)/python -m pytest -m "not soak"
+
+fast: $(READY_DEV)  ## the inner loop
+	$(BIN)/python -m pytest -m "not real and not soak" -n 2
+
+soak: $(READY_DEV)  ## long fault and endurance tests
+	$(BIN)/python -m pytest -m soak --timeout 1800
+
+playground: $(READY)  ## rebuild the shipped models by ordinary train jobs
+	$(BIN)/python jobs/playground/build.py
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY_DEV)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: PYTHON=python3.11 make ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.8
+
+$(READY): pyproject.toml requirements/constraints.txt requirements/cpu-overrides.txt | $(BIN)/uv
+	$(INSTALL) --editable ".[$(ACCEL),train]"
+	touch $@
+
+$(READY_DEV): $(READY)
+	$(INSTALL) --editable ".[$(ACCEL),train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Jobs chained by artifacts, and the session in which any job runs."""

@@ -1,0 +1,50 @@
+"""The session in which jobs run: one output root, one lock, one Ray, one set of engines, one summary."""
+
+import time
+from collections.abc import Sequence
+
+from itune_ray.config.pipeline import PipelineJob
+from itune_ray.config.shared import Job
+from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.lock import RunLock
+from itune_ray.engine.pool import EngineHost
+from itune_ray.jobs import job_type, resolve
+from itune_ray.observe.progress import Progress
+from itune_ray.pipeline.output import output_root
+from itune_ray.pipeline.step import Step, plan
+from itune_ray.report.summary import write_summary
+
+
+def run(job_name: str, job: Job, progress: Progress) -> RunStore:
+    """Run a job, or the steps of a pipeline, to the end; finished stages are skipped.
+
+    Args:
+        job_name: A name in `JOBS`.
+
+    Returns:
+        The run, whose `opened` lists the artifacts in order; its folder holds summary.json.
+    """
+    steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
+    store = RunStore(output_root(job.run), job.name)
+    engines = EngineHost()
+    with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
+        try:
+            _run_steps(steps, store, engines, progress)
+        finally:
+            engines.close()
+    return store
+
+
+def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, progress: Progress) -> None:
+    artifacts: dict[str, Artifact] = {}
+    skipped: set[str] = set()
+    for number, step in enumerate(steps, start=1):
+        job = step.resolve(lambda name, payload: artifacts[name].path(payload))
+        started = time.time()
+        artifact = resolve(job_type(step.job).function)(job, store, step.name, engines, progress)
+        artifacts[step.name] = artifact
+        if artifact.manifest["finished"] < started:
+            skipped.add(step.name)
+        verb = "skipped (finished before)" if step.name in skipped else f"done in {time.time() - started:.1f} s"
+        progress.say(f"[{number}/{len(steps)}] {step.name}: {verb}  {artifact.path()}")
+        write_summary(list(artifacts.values()), store, skipped)
