@@ -121,7 +121,7 @@ class VllmEngineConfig(Schema):
     beside_identity = frozenset(
         {
             "max_num_seqs", "gpu_memory_utilization", "kv_cache_gb", "tensor_parallel", "pipeline_parallel",
-            "max_adapters", "max_adapter_rank", "max_logprobs", "enforce_eager",
+            "max_adapters", "max_adapter_rank", "max_logprobs", "enforce_eager", "request_log",
         }
     )
 
@@ -141,12 +141,16 @@ class VllmEngineConfig(Schema):
     max_logprobs: Positive = 20
     enforce_eager: bool | None = None
     """Skip graph capture; default: on CPU only."""
+    request_log: str | None = None
+    """A local file to which the engine appends the id of every request it is given, for audits of what was generated."""
     extra: dict[str, Any] = {}
     """Further arguments of vLLM's EngineArgs, by their own names."""
 
 
 class FakeEngineConfig(Schema):
     """A pure function with fault injection, for unit tests only."""
+
+    beside_identity = frozenset({"request_log", "latency_s"})
 
     type: Literal["fake"] = "fake"
     fail_rate: Fraction = 0.0
@@ -158,6 +162,8 @@ class FakeEngineConfig(Schema):
     refuse_rate: Fraction = 0.0
     empty_rate: Fraction = 0.0
     latency_s: Annotated[float, Field(ge=0)] = 0.0
+    request_log: str | None = None
+    """A local file to which the engine appends the id of every request it is given."""
 
 
 EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminator="type")]
