@@ -15,7 +15,9 @@ BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
 OVERRIDE_cpu := --override requirements/cpu-overrides.txt
 INSTALL = $(UV) $(BACKEND_$(ACCEL)) $(OVERRIDE_$(ACCEL)) --constraint requirements/constraints.txt
 
-.PHONY: quickstart test fast soak playground lint format clean
+.PHONY: install quickstart test fast soak playground lint format clean
+
+install: $(READY)  ## the environment alone
 
 quickstart: $(READY)  ## prompts -> teacher -> curated rows -> tuned student -> scores -> report.html
 	$(BIN)/itune pipeline jobs/pipeline/quickstart.yaml

@@ -142,7 +142,7 @@ class VllmEngineConfig(Schema):
     enforce_eager: bool | None = None
     """Skip graph capture; default: on CPU only."""
     request_log: str | None = None
-    """A local file to which the engine appends the id of every request it is given, for audits of what was generated."""
+    """A local file to which the engine appends the id of every request it is given: an audit of what was generated."""
     extra: dict[str, Any] = {}
     """Further arguments of vLLM's EngineArgs, by their own names."""
 
