@@ -1,0 +1,229 @@
+"""The one place where chats become token ids: training, generation and evaluation all render here.
+
+A template that marks its assistant turns with `{% generation %}` says itself which tokens the model writes. Most stock
+templates do not, so the spans then come from prefix differences: the turn is what rendering up to and including it
+adds to rendering up to it with the generation prompt. That holds only while the template is append-only; a template
+that rewrites earlier turns (Qwen3 drops old `<think>` blocks) is refused with a reason rather than mislabelled.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import jinja2
+
+from itune_ray.data.records import Message, Record
+from itune_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Supervise = Literal["assistant", "last_assistant", "all"]
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class UnusableRow(DataError):
+    """A row that cannot become training tokens; `reason` is the code it is quarantined under."""
+
+    reason: ClassVar[str] = "unusable"
+
+
+class NoAnswer(UnusableRow):
+    """The chat has no assistant turn, or an empty last one."""
+
+    reason = "no_answer"
+
+
+class NoSupervisedTokens(UnusableRow):
+    """Rendering worked, but no token would be trained."""
+
+    reason = "no_supervised_tokens"
+
+
+class TemplateRewritesHistory(UnusableRow):
+    """Rendering more turns changed the rendering of earlier ones, so spans cannot be told."""
+
+    reason = "template_rewrites_history"
+
+
+class TemplateRefused(UnusableRow):
+    """The template itself raised, e.g. because roles do not alternate."""
+
+    reason = "template_refused"
+
+
+class Rendered(NamedTuple):
+    """Token ids of one document and, per token, whether it is a training target."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class ChatRenderer:
+    """Chat messages and texts to token ids, equal token for token to `tokenizer.apply_chat_template`.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        template: A Jinja chat template, or a path to a file that holds one; default: the tokenizer's own. It is set
+            on the tokenizer too, so that an exported model carries the template it was trained with.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None):
+        self.tokenizer: Any = tokenizer
+        if template is not None:
+            tokenizer.chat_template = read_template(template)
+        self._has_markers = bool(_GENERATION_MARKER.search(self.template or ""))
+
+    @property
+    def template(self) -> str | None:
+        """The Jinja source in use; a tokenizer with several named templates uses `default`."""
+        template = self.tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def template_hash(self) -> str:
+        """First 16 hex of SHA-256 of the template, for identities and caches; empty without one."""
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.template else ""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the chat followed by the generation prompt: what an engine continues."""
+        return self._encode(self.prompt_text(messages))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The rendered string behind `prompt_ids`."""
+        return self._render(messages, generation_prompt=True)
+
+    def record_ids(self, record: Record, supervise: Supervise = "assistant") -> Rendered:
+        """Training ids of a row, chat or text; raises `UnusableRow` with the reason of its quarantine."""
+        if record.text is not None:
+            return self.text_ids(record.text)
+        return self.training_ids(record.messages, supervise)
+
+    def text_ids(self, text: str) -> Rendered:
+        """`bos + text + eos`, every token supervised; a tokenizer without bos or eos leaves it out."""
+        body = self._encode(text)
+        if not body:
+            raise NoSupervisedTokens("the text of the row is empty")
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = ([] if bos is None else [bos]) + body + ([] if eos is None else [eos])
+        return Rendered(ids, [True] * len(ids))
+
+    def training_ids(self, messages: Sequence[Message], supervise: Supervise = "assistant") -> Rendered:
+        """Ids of a whole chat and the mask of its supervised tokens, end-of-turn tokens included.
+
+        The first token of a document is never predicted, so it counts for nothing even where the mask says True.
+        """
+        _check_answer(messages)
+        if supervise == "all":
+            ids = self._encode(self._render(messages))
+            rendered = Rendered(ids, [True] * len(ids))
+        elif self._has_markers:
+            rendered = self._by_markers(messages, supervise)
+        else:
+            rendered = self._by_prefix_difference(messages, supervise)
+        if not any(rendered.supervised[1:]):
+            raise NoSupervisedTokens("no token of the chat would be trained", got=_shorten(messages))
+        return rendered
+
+    def _by_markers(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
+        try:
+            encoded = self.tokenizer.apply_chat_template(list(messages), return_assistant_tokens_mask=True)
+        except jinja2.TemplateError as error:
+            raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
+        ids = list(encoded["input_ids"])
+        spans = _runs([bool(flag) for flag in encoded["assistant_masks"]])
+        spans = [(start, self._with_end_of_turn(ids, end)) for start, end in spans]
+        return Rendered(ids, _mask(len(ids), spans[-1:] if supervise == "last_assistant" else spans))
+
+    def _with_end_of_turn(self, ids: list[int], end: int) -> int:
+        """Templates that close the marked block before the end-of-turn token would teach the model never to stop."""
+        return end + 1 if end < len(ids) and ids[end] == self.tokenizer.eos_token_id else end
+
+    def _by_prefix_difference(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
+        whole = self._render(messages)
+        ids = self._encode(whole)
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = turns[-1:] if supervise == "last_assistant" else turns
+        return Rendered(ids, _mask(len(ids), [self._turn_span(messages, k, whole, ids) for k in turns]))
+
+    def _turn_span(self, messages: Sequence[Message], turn: int, whole: str, ids: list[int]) -> tuple[int, int]:
+        before = self._render(messages[:turn], generation_prompt=True)
+        through = whole if turn + 1 == len(messages) else self._render(messages[: turn + 1])
+        if not (whole.startswith(through) and through.startswith(before)):
+            raise TemplateRewritesHistory(
+                f"the chat template renders turn {turn} differently once later turns follow it",
+                got=_shorten(messages),
+                allowed="an append-only template, a template with {% generation %} markers, or "
+                "supervise=last_assistant",
+                knob="model.chat_template",
+            )
+        # A tokenizer may merge across the boundary; the token that straddles it belongs to the answer.
+        start = _common_prefix(self._encode(before), ids)
+        end = len(ids) if through is whole else _common_prefix(self._encode(through), ids)
+        return start, self._cut_after_end_of_turn(ids, start, end)
+
+    def _cut_after_end_of_turn(self, ids: list[int], start: int, end: int) -> int:
+        """Drop what the template writes after the end-of-turn token (often a newline): no engine generates it."""
+        eos = self.tokenizer.eos_token_id
+        last = max((i for i in range(start, end) if ids[i] == eos), default=end - 1)
+        return last + 1
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        if self.template is None:
+            raise ConfigError(
+                "the tokenizer has no chat template", allowed="a Jinja template or a file", knob="model.chat_template"
+            )
+        if not messages:
+            return ""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def read_template(template: str) -> str:
+    """The template itself, or the contents of the file it names; raises `ConfigError` for a file that is missing."""
+    if "{" in template or "\n" in template:
+        return template
+    file = Path(template)
+    if not file.is_file():
+        raise ConfigError(
+            "the chat template is neither Jinja nor a file", got=template, allowed="Jinja text or a path",
+            knob="model.chat_template",
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def _check_answer(messages: Sequence[Message]) -> None:
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    if not answers or not answers[-1].strip():
+        raise NoAnswer("the chat has no answer to train on", got=_shorten(messages))
+
+
+def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """Half-open spans of consecutive True flags."""
+    edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _mask(length: int, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    mask = [False] * length
+    for start, end in spans:
+        mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _shorten(messages: Sequence[Message]) -> str:
+    text = " | ".join(f"{m['role']}: {m['content']}" for m in messages)
+    return text if len(text) <= 80 else text[:77] + "..."

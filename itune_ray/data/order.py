@@ -1,0 +1,276 @@
+"""The training order: which documents each optimizer step sees, packed and written down before training starts.
+
+The order is a pure function of (seed, epoch, row key): documents are sorted by a hash, so neither the number of
+workers nor the order in which a cluster tokenised them can change it. A mixture weight w uses each row floor(w) times
+per epoch and a hash-sampled share of w - floor(w) once more (survey eq. 5). The packed rows are stored step by step in
+small Parquet row groups; a worker reads only the groups that overlap its slice of a step.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from itune_ray.data.packing import pack
+from itune_ray.data.records import row_rng, row_seed
+from itune_ray.errors import TrainError
+
+ROWS_PER_GROUP = 64
+STEPS_PER_FILE = 1000
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("weight", pa.float64()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+    ]
+)
+"""One tokenised document per row, unique by key."""
+PACKED_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+        ("lengths", pa.list_(pa.int32())),
+        ("keys", pa.list_(pa.string())),
+    ]
+)
+"""One packed row: its documents one after another, with their lengths and keys."""
+STEP_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("first_group", pa.int32()),
+        ("rows", pa.int32()),
+        ("documents", pa.int32()),
+        ("tokens", pa.int64()),
+        ("epoch", pa.float64()),
+    ]
+)
+
+
+class PackedRow(NamedTuple):
+    """Documents laid end to end: ids and supervised flags per token, then length and key per document."""
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a finished training order says about itself."""
+
+    digest: str
+    """Identity of what went in; another one means that the order must be written anew."""
+    steps: int
+    documents: int
+    """Distinct documents."""
+    epochs: float
+    tokens: int
+    """Tokens over all steps, repeats included."""
+
+
+class Order:
+    """Epochs of documents, laid out as one endless stream and cut into steps of `batch` documents."""
+
+    def __init__(self, keys: Sequence[str], weights: Sequence[float], seed: int, batch: int):
+        self._keys, self._weights, self._seed, self._batch = keys, weights, seed, batch
+
+    def epoch(self, epoch: int) -> list[int]:
+        """Document indices of one epoch in their order, repeats by mixture weight included."""
+        drawn = [
+            (row_seed(self._seed, "train.order", f"{key}#{copy}", epoch), index)
+            for index, key in enumerate(self._keys)
+            for copy in range(self._copies(index, epoch))
+        ]
+        return [index for _, index in sorted(drawn)]
+
+    def _copies(self, index: int, epoch: int) -> int:
+        weight = self._weights[index]
+        extra = row_rng(self._seed, "train.mixture", self._keys[index], epoch).random() < weight % 1
+        return int(weight) + int(extra)
+
+    def steps(self, epochs: float | None, steps: int | None) -> Iterator[tuple[float, list[int]]]:
+        """(epochs done after the step, document indices) of each step; give one of `epochs` and `steps`.
+
+        With `epochs` the last step may be smaller; a fraction takes that share of the last epoch.
+        """
+        pending: list[int] = []
+        for done, (progress, index) in enumerate(self._stream(epochs)):
+            pending.append(index)
+            if len(pending) == self._batch:
+                yield progress, pending
+                pending = []
+                if steps is not None and (done + 1) // self._batch == steps:
+                    return
+        if pending:
+            yield epochs or 0.0, pending
+
+    def _stream(self, epochs: float | None) -> Iterator[tuple[float, int]]:
+        epoch = 0
+        while epochs is None or epoch < epochs:
+            order = self.epoch(epoch)
+            if not order:
+                raise TrainError("an epoch draws no document: every mixture weight is too small", knob="data.N.weight")
+            share = 1.0 if epochs is None else min(1.0, epochs - epoch)
+            for i, index in enumerate(order[: max(1, round(share * len(order)))]):
+                yield epoch + (i + 1) / len(order), index
+            epoch += 1
+
+
+def write_order(
+    documents: pa.Table, folder: str, *, digest: str, seed: int, batch: int, capacity: int | None,
+    epochs: float | None, steps: int | None,
+) -> Plan:
+    """Write the packed table of a run to `folder` (a path or URI) and return its plan, which is written last.
+
+    Args:
+        documents: `DOCUMENT_SCHEMA`.
+        capacity: Tokens of a packed row; None puts every document in a row of its own.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    ids, supervised = _Lists(documents["input_ids"]), _Lists(documents["supervised"])
+    keys: list[str] = documents["key"].to_pylist()
+    order = Order(keys, documents["weight"].to_pylist(), seed, batch)
+    step_rows: list[dict[str, object]] = []
+    tokens, done, writer = 0, 0.0, None
+    for step, (done, indices) in enumerate(order.steps(epochs, steps)):
+        if step % STEPS_PER_FILE == 0:
+            if writer is not None:
+                writer.close()
+            writer = _FileWriter(fs, root, f"part-{step // STEPS_PER_FILE:05d}.parquet")
+        assert writer is not None
+        lengths = [ids.length(i) for i in indices]
+        rows = pack(lengths, capacity) if capacity is not None else [[i] for i in range(len(indices))]
+        entry = writer.write(_packed_table([[indices[i] for i in row] for row in rows], ids, supervised, keys))
+        step_rows.append({**entry, "documents": len(indices), "tokens": sum(lengths), "epoch": done})
+        tokens += sum(lengths)
+    if writer is not None:
+        writer.close()
+    _write_table(fs, posixpath.join(root, "steps.parquet"), pa.Table.from_pylist(step_rows, schema=STEP_SCHEMA))
+    plan = Plan(digest=digest, steps=len(step_rows), documents=len(keys), epochs=done, tokens=tokens)
+    with fs.open(posixpath.join(root, "plan.json"), "w") as stream:
+        json.dump(asdict(plan), stream)
+    return plan
+
+
+def read_plan(folder: str) -> Plan | None:
+    """The plan of a finished order, or None where there is none yet."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    path = posixpath.join(root, "plan.json")
+    if not fs.exists(path):
+        return None
+    with fs.open(path) as stream:
+        return Plan(**json.load(stream))
+
+
+class PackedTable:
+    """A finished training order, read step by step and rank by rank."""
+
+    def __init__(self, folder: str):
+        plan = read_plan(folder)
+        if plan is None:
+            raise TrainError("the training order is missing or unfinished", got=folder)
+        self.plan = plan
+        self._fs, self._root = fsspec.core.url_to_fs(folder)
+        with self._fs.open(posixpath.join(self._root, "steps.parquet")) as stream:
+            self._steps = {name: column.to_numpy() for name, column in zip(
+                STEP_SCHEMA.names, pq.read_table(stream).columns, strict=True)}
+        self._open_name, self._open_file = "", None
+
+    def epoch(self, step: int) -> float:
+        """Epochs done once the step (from 0) is done."""
+        return float(self._steps["epoch"][step])
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a step over all ranks, padding not counted."""
+        return int(self._steps["tokens"][step])
+
+    def num_rows(self, step: int) -> int:
+        """Packed rows of a step over all ranks."""
+        return int(self._steps["rows"][step])
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> list[PackedRow]:
+        """This rank's contiguous slice of a step, longest row first so that micro-batches hold equal lengths.
+
+        With more ranks than rows some slices are empty.
+        """
+        total = self.num_rows(step)
+        start, stop = total * rank // world, total * (rank + 1) // world
+        if start == stop:
+            return []
+        first = int(self._steps["first_group"][step])
+        groups = range(first + start // ROWS_PER_GROUP, first + (stop - 1) // ROWS_PER_GROUP + 1)
+        table = self._file(str(self._steps["file"][step])).read_row_groups(list(groups), use_threads=False)
+        table = table.slice(start % ROWS_PER_GROUP, stop - start)
+        return sorted(_packed_rows(table), key=lambda row: -len(row.input_ids))
+
+    def _file(self, name: str) -> pq.ParquetFile:
+        if self._open_file is None or name != self._open_name:
+            self._open_name, self._open_file = name, pq.ParquetFile(self._fs.open(posixpath.join(self._root, name)))
+        return self._open_file
+
+
+class _Lists:
+    """A list column as flat values and offsets: slices of it cost nothing."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        wide = pa.large_list(column.type.value_type)  # 32-bit offsets end at 2 G tokens
+        chunks = column.cast(wide).chunks
+        array = pa.concat_arrays(chunks) if chunks else pa.array([], wide)
+        self.values: NDArray[np.generic] = array.values.to_numpy(zero_copy_only=False)
+        self._offsets: NDArray[np.int64] = array.offsets.to_numpy()
+
+    def __getitem__(self, index: int) -> NDArray[np.generic]:
+        return self.values[self._offsets[index] : self._offsets[index + 1]]
+
+    def length(self, index: int) -> int:
+        return int(self._offsets[index + 1] - self._offsets[index])
+
+
+class _FileWriter:
+    """One Parquet file of the order; each step starts a new row group."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, name: str):
+        self._name, self._groups = name, 0
+        self._stream = fs.open(posixpath.join(root, name), "wb")
+        self._writer = pq.ParquetWriter(self._stream, PACKED_SCHEMA, compression="zstd", use_dictionary=False)
+
+    def write(self, table: pa.Table) -> dict[str, object]:
+        entry: dict[str, object] = {"file": self._name, "first_group": self._groups, "rows": table.num_rows}
+        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        self._groups += -(-table.num_rows // ROWS_PER_GROUP)
+        return entry
+
+    def close(self) -> None:
+        self._writer.close()
+        self._stream.close()
+
+
+def _packed_table(rows: Iterable[Sequence[int]], ids: _Lists, supervised: _Lists, keys: Sequence[str]) -> pa.Table:
+    columns: dict[str, list[object]] = {name: [] for name in PACKED_SCHEMA.names}
+    for row in rows:
+        columns["input_ids"].append(np.concatenate([ids[i] for i in row]))
+        columns["supervised"].append(np.concatenate([supervised[i] for i in row]))
+        columns["lengths"].append([ids.length(i) for i in row])
+        columns["keys"].append([keys[i] for i in row])
+    return pa.table(columns, schema=PACKED_SCHEMA)
+
+
+def _packed_rows(table: pa.Table) -> Iterator[PackedRow]:
+    ids, supervised, lengths = (_Lists(table[name]) for name in ("input_ids", "supervised", "lengths"))
+    for index, keys in enumerate(table["keys"].to_pylist()):
+        yield PackedRow(ids[index], supervised[index], lengths[index], tuple(keys))  # type: ignore[arg-type]
+
+
+def _write_table(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table) -> None:
+    with fs.open(path, "wb") as stream:
+        pq.write_table(table, stream)

@@ -1,0 +1,1 @@
+"""Models: loading, adapters, per-token scores, merging and export."""

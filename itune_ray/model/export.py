@@ -1,0 +1,167 @@
+"""Trained weights as what others open: a Hugging Face folder for transformers and vLLM, and a PEFT adapter folder.
+
+Tensors are gathered, merged and written shard by shard; `config.json` (`adapter_config.json`) comes last, so a folder
+that has it is complete. Paths may be URIs.
+"""
+
+import json
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from itune_ray.model.merge import merged_tensors, stored_tensors, whole
+from itune_ray.model.peft import ADAPTER
+
+SHARD_BYTES = 4 * 2**30
+
+
+def export_trained(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stage_dir: str, *, dtype: torch.dtype, is_main: bool,
+    base_path: str | None,
+) -> tuple[str, str | None]:
+    """Write `model/` (adapter merged) and, after adapter training, `adapter/`; returns both paths. Collective."""
+    model_path, adapter_path = posixpath.join(stage_dir, "model"), None
+    if _peft_config(model) is not None:
+        adapter_path = posixpath.join(stage_dir, "adapter")
+        write_adapter(model, tokenizer, adapter_path, is_main=is_main, base_path=base_path)
+    write_model(model, tokenizer, model_path, dtype=dtype, is_main=is_main)
+    return model_path, adapter_path
+
+
+def write_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str, *, dtype: torch.dtype, is_main: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the merged model in `dtype` with its config, tokenizer and chat template. Collective; rank 0 writes."""
+    plain = plain_model(model)
+    tensors: Iterator[tuple[str, Tensor]] = merged_tensors(model, dtype)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in stored_tensors(model)}
+    if _renames_on_save(plain):  # families whose experts transformers fuses in memory: undone on the whole
+        gathered = revert_weight_conversion(plain, dict(tensors))
+        tensors, sizes = iter(gathered.items()), {n: t.numel() * dtype.itemsize for n, t in gathered.items()}
+    folder = _Folder(out) if is_main else None
+    _write_shards(tensors, _shard_names(sizes, shard_bytes), folder)
+    if folder is None:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        config = plain.config.__class__.from_dict(plain.config.to_dict())
+        config.dtype, config.architectures = dtype, [type(plain).__name__]
+        config.save_pretrained(scratch)
+        if getattr(plain, "generation_config", None) is not None:
+            plain.generation_config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        folder.put_all(scratch, last="config.json")
+
+
+def write_adapter(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str, *, is_main: bool = True,
+    base_path: str | None = None,
+) -> None:
+    """Write the adapter in PEFT's format, fp32, with the tokenizer. Collective; rank 0 writes."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    wrapped: Any = getattr(model, "module", model)
+    trained = {name: whole(p) for name, p in wrapped.named_parameters() if p.requires_grad}
+    if not is_main:
+        return
+    # Only names are PEFT's business; embeddings that are not adapter weights stay with the base.
+    weights = get_peft_model_state_dict(wrapped, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
+    folder = _Folder(out)
+    folder.write_tensors("adapter_model.safetensors", {n: t.float().contiguous() for n, t in weights.items()})
+    with tempfile.TemporaryDirectory() as scratch:
+        config = wrapped.peft_config[ADAPTER]
+        mode, config.inference_mode = config.inference_mode, True
+        if base_path is not None:
+            config.base_model_name_or_path = base_path
+        config.save_pretrained(scratch)
+        config.inference_mode = mode
+        tokenizer.save_pretrained(scratch)
+        folder.put_all(scratch, last="adapter_config.json")
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP and PEFT wrappers."""
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if _peft_config(model) is not None else inner
+
+
+def _peft_config(model: nn.Module) -> Any:
+    return getattr(getattr(model, "module", model), "peft_config", None)
+
+
+def _renames_on_save(model: Any) -> bool:
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(conversions)
+
+
+def _shard_names(sizes: dict[str, int], shard_bytes: int) -> dict[str, str]:
+    """Tensor name -> file, filled in order."""
+    shard_of: dict[str, int] = {}
+    shard, used = 0, 0
+    for name, size in sizes.items():
+        if used and used + size > shard_bytes:
+            shard, used = shard + 1, 0
+        shard_of[name], used = shard, used + size
+    if shard == 0:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{s + 1:05d}-of-{shard + 1:05d}.safetensors" for name, s in shard_of.items()}
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], files: dict[str, str], folder: "_Folder | None") -> None:
+    """Every rank runs through the tensors, which gathers them; rank 0 keeps one shard in memory at a time."""
+    pending: dict[str, Tensor] = {}
+    current = ""
+    for name, tensor in tensors:
+        if folder is None:
+            continue
+        if files[name] != current and pending:
+            folder.write_tensors(current, pending)
+            pending = {}
+        current = files[name]
+        pending[name] = tensor
+    if folder is not None and pending:
+        folder.write_tensors(current, pending)
+        if len(set(files.values())) > 1:
+            folder.write_text("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": files}))
+
+
+class _Folder:
+    """A target folder, local or remote, emptied of an earlier attempt's files that would contradict ours."""
+
+    def __init__(self, out: str):
+        self._fs, self._root = fsspec.core.url_to_fs(out)
+        self._local = "file" in self._fs.protocol
+        if self._fs.exists(self._root):
+            self._fs.rm(self._root, recursive=True)
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        path = posixpath.join(self._root, name)
+        if self._local:
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            with self._fs.open(path, "wb") as stream:
+                stream.write(save(tensors, metadata={"format": "pt"}))
+
+    def write_text(self, name: str, text: str) -> None:
+        with self._fs.open(posixpath.join(self._root, name), "w") as stream:
+            stream.write(text)
+
+    def put_all(self, scratch: str, last: str) -> None:
+        files = sorted(Path(scratch).iterdir(), key=lambda f: (f.name == last, f.name))
+        for file in files:
+            self._fs.put_file(str(file), posixpath.join(self._root, file.name))

@@ -1,0 +1,121 @@
+"""Tokenizers and models through transformers' Auto classes: pretrained, fresh, or empty on the meta device."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from itune_ray.config.train import InitConfig
+from itune_ray.data.batches import Masking
+from itune_ray.errors import ModelError
+
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder; raises `ModelError` when there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no usable tokenizer: {_first_line(error)}", got=folder, knob="model.tokenizer") from None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: any id will do, since padding is masked and never a target."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in candidates if i is not None)  # type: ignore[arg-type]
+
+
+def choose_attention(wanted: Literal["auto", "eager", "sdpa", "flash_attention_2"], device: torch.device) -> Attention:
+    """`auto` is flash attention on GPU where it is installed, else sdpa."""
+    if wanted != "auto":
+        return wanted
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def masking_for(model: Any) -> Masking:
+    """How packed documents are kept apart in this model (see `data.batches`)."""
+    config = model.config.get_text_config()
+    if config._attn_implementation == "flash_attention_2":
+        return "varlen"
+    layers = getattr(config, "layer_types", None) or ()
+    windowed = getattr(config, "sliding_window", None) is not None or "sliding_attention" in layers
+    return "positions" if windowed or any(kind != "full_attention" for kind in layers) else "mask_4d"
+
+
+def can_pack(model: Any) -> bool:
+    """Whether every layer is attention: recurrent layers would carry state from one document into the next."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return all(kind in ("full_attention", "sliding_attention", "chunked_attention") for kind in layers)
+
+
+def load_model(
+    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A pretrained causal language model on CPU, in eval mode."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", got=folder, knob="model.path") from None
+
+
+def empty_model(
+    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The same architecture with parameters on the meta device and real buffers: no memory until it is sharded."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+
+
+def new_model(
+    init: InitConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype, attention: Attention
+) -> PreTrainedModel:
+    """A fresh model, equal on every rank: its weights are a function of (config, tokenizer, seed)."""
+    arguments = {k: v for k, v in init.config.items() if k != "model_type"}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        config = AutoConfig.for_model(
+            str(init.config.get("model_type")), **{"vocab_size": len(tokenizer), **special, **arguments}
+        )
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the config makes no model: {_first_line(error)}", knob="model.init.config") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put parameters, but not buffers, that are created inside on the meta device.
+
+    Buffers such as rotary frequencies are computed in constructors and saved nowhere, so they must stay real.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None:
+            meta = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            module._parameters[name] = meta
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

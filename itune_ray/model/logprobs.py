@@ -1,0 +1,171 @@
+"""The fused head: per-token scores from inside `model.forward`, without the [T, V] logits.
+
+With V = 128,256 and T = 4,096 the fp32 logits alone are 2 GiB, and their softmax and gradient as much again. Only
+positions that have a target are scored, in chunks; the backward pass recomputes each chunk's logits. It happens inside
+`forward`, because FSDP2 has the head's weights gathered only there.
+
+With hidden states h [N, H], head W [V, H], z = h Wᵀ:
+    log p_n = z[n, y_n] - lse(z_n)            d log p_n / dz = onehot(y_n) - p
+    entropy_n = lse(z_n) - Σ_v p_v z_v        d entropy_n / dz_v = -p_v (log p_v + entropy_n)
+"""
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from itune_ray.errors import ModelError
+
+CHUNK_ELEMENTS = 2**24
+"""Logits of one chunk: 64 MiB in fp32."""
+
+
+class TokenScores(NamedTuple):
+    """Scores of the N supervised tokens of a micro-batch, row after row, in the order of `labels[:, 1:] != -100`."""
+
+    log_probs: Tensor
+    """[N] fp32, nats, differentiable."""
+    entropy: Tensor
+    """[N] fp32, nats, of the predictive distribution, differentiable."""
+
+
+class LogitTransform(NamedTuple):
+    """What a family does to h Wᵀ: z = cap · tanh(scale · h Wᵀ / cap), or scale · h Wᵀ without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        z = raw if self.scale == 1.0 else raw * self.scale
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+    def backward(self, grad: Tensor, z: Tensor) -> Tensor:
+        """Gradient at h Wᵀ from the gradient at z."""
+        if self.cap is not None:
+            grad = grad * (1 - (z / self.cap) ** 2)
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
+def install_fused_head(model: nn.Module) -> None:
+    """Let `model(..., labels=labels, token_scores=True)` return `TokenScores`; without the flag nothing changes.
+
+    Install it before PEFT wraps the model, and the model before it is sharded. The head and the backbone are looked
+    up at each call, since both wrap them in place.
+    """
+    original: Callable[..., Any] = model.forward
+    transform = _logit_transform(model)
+
+    # The signature stays, since generate() checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, token_scores: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not token_scores:
+            return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
+        if labels is None:
+            raise ModelError("token scores need labels")
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        return score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform)
+
+    model.forward = MethodType(forward, model)
+
+
+def score_tokens(
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = LogitTransform()
+) -> TokenScores:
+    """Scores of targets [N] given hidden states [N, H] and the language-model head."""
+    if type(head) is nn.Linear and head.bias is None:
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        log_probs, entropy = _ChunkedScores.apply(hidden, head.weight, targets, transform)
+        return TokenScores(log_probs, entropy)
+    return _score_by_module(hidden, targets, head, transform)
+
+
+def _score_by_module(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> TokenScores:
+    """Heads that are more than a matrix (adapters, trainable token rows, a bias): each chunk under checkpointing."""
+
+    def chunk_scores(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = transform(head(hidden).float()).log_softmax(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    rows = _rows_per_chunk(_num_words(head))
+    chunks = [
+        checkpoint(chunk_scores, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return TokenScores(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
+
+
+class _ChunkedScores(torch.autograd.Function):
+    """The formulas of the module docstring, chunk by chunk; grad_W accumulates in fp32 (rounding every chunk's product
+    to bf16 biases training)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform) -> Any:
+        cast = weight.to(hidden.dtype)
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        lse, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        for rows in _chunks(len(hidden), weight.shape[0]):
+            z = transform((hidden[rows] @ cast.T).float())
+            lse[rows] = z.logsumexp(-1)
+            log_probs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            p = (z - lse[rows, None]).exp_()
+            entropy[rows] = lse[rows] - (p.mul_(z)).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.transform = transform
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad_log_probs, grad_entropy = grads
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        cast = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(len(hidden), weight.shape[0]):
+            z = ctx.transform((hidden[rows] @ cast.T).float())
+            log_p = z - lse[rows, None]
+            p = log_p.exp()
+            grad = torch.zeros_like(z) if grad_log_probs is None else p * -grad_log_probs[rows, None]
+            if grad_log_probs is not None:
+                grad.scatter_add_(-1, targets[rows, None], grad_log_probs[rows, None])
+            if grad_entropy is not None:
+                grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
+            grad = ctx.transform.backward(grad, z).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ cast
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(num_rows: int, num_words: int) -> list[slice]:
+    size = _rows_per_chunk(num_words)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def _rows_per_chunk(num_words: int) -> int:
+    return max(1, CHUNK_ELEMENTS // num_words)
+
+
+def _num_words(head: nn.Module) -> int:
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else CHUNK_ELEMENTS // 64
+
+
+def _logit_transform(model: Any) -> LogitTransform:
+    """The family's scaling and soft cap, read from its config (Gemma, Cohere, Granite and Falcon-H1 have some)."""
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = next((float(v) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+                  if (v := getattr(config, name, None)) is not None), 1.0)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return LogitTransform(scale, None if cap is None else float(cap))

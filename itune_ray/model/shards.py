@@ -1,0 +1,92 @@
+"""Pretrained weights straight from safetensors into a sharded model: each rank reads its own slices, no rank the whole.
+
+Used when the names in the files are the model's own. Where transformers converts names while loading (fused experts,
+for one), `covers` says so and the model is loaded the ordinary way before it is sharded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from itune_ray.data.hub import weight_files
+from itune_ray.errors import ModelError
+from itune_ray.model.peft import base_name, initial_adapter
+
+_Slices = tuple[slice, ...]
+
+
+def covers(folder: str, model: Any) -> bool:
+    """Whether the files hold every parameter of the model under its own name (tied weights once)."""
+    present = set(_index(folder))
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=True)}
+    return bool(present) and wanted <= present
+
+
+def fill_from_folder(model: nn.Module, folder: str, *, seed: int) -> None:
+    """Fill every parameter of a placed model: base weights from the files, adapters with their starting values."""
+    index = _index(folder)
+    rows = _trained_token_rows(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = base_name(name)
+            if source is not None:
+                _copy(parameter, lambda slices, s=source: _read(index, s, slices))
+            elif name in rows:
+                table, ids = rows[name]
+                whole = _read_rows(index, table, ids)
+                _copy(parameter, lambda slices, w=whole: w[slices])
+            else:
+                start = initial_adapter(name, tuple(parameter.shape), seed, fallback=torch.zeros(parameter.shape))
+                _copy(parameter, lambda slices, w=start: w[slices])
+
+
+def _copy(parameter: Tensor, read: Any) -> None:
+    if isinstance(parameter, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if 0 not in shape:
+            slices = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+            parameter.to_local().copy_(read(slices))
+    else:
+        parameter.copy_(read(tuple(slice(0, size) for size in parameter.shape)))
+
+
+def _index(folder: str) -> dict[str, Path]:
+    index: dict[str, Path] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            index |= dict.fromkeys(tensors.keys(), file)
+    return index
+
+
+def _read(index: dict[str, Path], name: str, slices: _Slices) -> Tensor:
+    if name not in index:
+        raise ModelError("the checkpoint lacks a weight of the model", got=name)
+    with safe_open(index[name], framework="pt") as tensors:
+        return tensors.get_slice(name)[slices]
+
+
+def _read_rows(index: dict[str, Path], name: str, rows: list[int]) -> Tensor:
+    with safe_open(index[name], framework="pt") as tensors:
+        table = tensors.get_slice(name)
+        return torch.cat([table[row : row + 1] for row in rows])
+
+
+def _trained_token_rows(model: nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """Parameter name -> (table in the checkpoint, rows) of trainable token rows."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    rows: dict[str, tuple[str, list[int]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer) and not module.tied_adapter:
+            table = base_name(f"{name}.weight")
+            assert table is not None
+            for adapter, ids in module.token_indices.items():
+                rows[f"{name}.trainable_tokens_delta.{adapter}"] = (table, list(ids))
+    return rows

@@ -1,0 +1,113 @@
+"""From a job's model section to a model that is ready to train: load, fused head, adapter, placement, in this order.
+
+Each step changes what the next one wraps: the head is looked up inside `forward`, PEFT wraps modules that the strategy
+then shards, and pretrained weights of a sharded model are read last, each rank its own slices.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from itune_ray.config.train import TrainedModel, TrainJob
+from itune_ray.data.batches import Masking
+from itune_ray.data.chat import ChatRenderer
+from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
+from itune_ray.errors import ModelError, TrainError
+from itune_ray.model.load import (
+    can_pack,
+    choose_attention,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    masking_for,
+    new_model,
+)
+from itune_ray.model.logprobs import install_fused_head
+from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report
+from itune_ray.model.shards import covers, fill_from_folder
+from itune_ray.train.strategies.base import Strategy
+from itune_ray.train.world import World
+
+
+@dataclass(frozen=True)
+class Built:
+    """A placed model and what the loop must know about it."""
+
+    model: nn.Module
+    masking: Masking
+    dtype: torch.dtype
+    """Compute dtype."""
+    report: ParameterReport
+    source: str | None
+    """Folder the base weights came from; None for a fresh model."""
+
+
+def load_renderer(model: TrainedModel) -> ChatRenderer:
+    """The tokenizer with the chat template in force."""
+    return ChatRenderer(load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code), model.chat_template)
+
+
+def tokenizer_folder(model: TrainedModel) -> ResolvedModel:
+    """Where the tokenizer is: named by itself, by `init`, or beside the weights."""
+    if model.tokenizer is not None:
+        return resolve(model.tokenizer, kind="tokenizer")
+    if model.init is not None:
+        return resolve(model.init.tokenizer, kind="tokenizer")
+    assert model.path is not None
+    return resolve(model.path, revision=model.revision, kind="tokenizer")
+
+
+def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, world: World) -> Built:
+    """Build, adapt and place the model of a job on this rank."""
+    folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
+    model, empty = _base_model(job, folder, tokenizer, strategy, world)
+    _check_vocabulary(model, tokenizer)
+    if job.packing and not can_pack(model):
+        raise TrainError(
+            "packing isolates documents in attention layers only, and this model has others",
+            got=model.config.model_type, allowed="packing=false", knob="packing",
+        )
+    install_fused_head(model)
+    masking = masking_for(model)
+    adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    if job.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    report = parameter_report(adapted)
+    placed = strategy.prepare(adapted)
+    if empty:
+        assert folder is not None
+        fill_from_folder(placed, folder, seed=job.seed)
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    return Built(placed.train(), masking, dtype, report, folder)
+
+
+def _base_model(
+    job: TrainJob, folder: str | None, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, world: World
+) -> tuple[Any, bool]:
+    """(model, whether it still waits for its weights)."""
+    attention = choose_attention(job.model.attention, world.device)
+    frozen_bf16 = job.precision == "bf16" and job.model.peft.type != "full"
+    dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+    if job.model.init is not None:
+        return new_model(job.model.init, tokenizer, seed=job.seed, dtype=dtype, attention=attention), False
+    assert folder is not None
+    arguments: dict[str, Any] = {
+        "dtype": dtype, "attention": attention, "trust_remote_code": job.model.trust_remote_code
+    }
+    if strategy.starts_empty:
+        model = empty_model(folder, **arguments)
+        if covers(folder, model):
+            return model, True
+    return load_model(folder, **arguments), False
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            "the tokenizer has more tokens than the model has embeddings", got=len(tokenizer),
+            allowed=f"at most {rows}", knob="model.tokenizer",
+        )

@@ -1,0 +1,172 @@
+"""The one training loop. It runs alone, under torchrun and inside Ray workers, and knows none of them.
+
+The order of documents is read from disk, learning rate and randomness are functions of (seed, step), and all state is
+in the checkpoint, so that stopping anywhere and starting again, on any number of ranks, continues the same run.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from itune_ray.config.train import TrainJob
+from itune_ray.data.batches import Batch, collate
+from itune_ray.data.order import PackedTable
+from itune_ray.data.records import Record, row_seed
+from itune_ray.errors import TrainError
+from itune_ray.model.export import export_trained
+from itune_ray.model.load import pad_id
+from itune_ray.model.peft import ParameterReport
+from itune_ray.train.build import Built, build_model, load_renderer
+from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.metrics import MetricsLog
+from itune_ray.train.objectives import build_objective
+from itune_ray.train.optimizer import Optimizers, build_optimizers
+from itune_ray.train.prepare import PreparedData, prepare_locally
+from itune_ray.train.schedule import lr_factor
+from itune_ray.train.step import Stepper, StepResult
+from itune_ray.train.strategies import build_strategy
+from itune_ray.train.world import World, current_world, start_from_environment
+
+Row = dict[str, Any]
+OnProgress = Callable[[int, int, Row], None]
+"""(steps done, total steps, the step's row of metrics.jsonl); called on rank 0 only."""
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a finished training left behind."""
+
+    model_path: str
+    """Hugging Face folder, the adapter merged in."""
+    adapter_path: str | None
+    """PEFT folder; None after full training."""
+    steps: int
+    metrics: Row
+    """The last row of metrics.jsonl."""
+    parameters: ParameterReport
+    accepted: int
+    rejected: dict[str, int]
+    checkpoint_path: str
+
+
+def train_local(
+    job: TrainJob, records: Iterable[Record], out_dir: str, on_progress: OnProgress | None = None
+) -> TrainOutcome:
+    """Train without Ray, alone or as one rank of torchrun; asking again continues from the last checkpoint."""
+    torch.set_num_threads(job.workers.torch_threads or 1)
+    world = start_from_environment(job.workers.collective_timeout_s)
+    if world.is_main:
+        prepare_locally(job, records, out_dir)
+    world.barrier()
+    prepared = prepare_locally(job, [], out_dir)
+    return train_rank(job, prepared, out_dir, world, on_progress)
+
+
+def train_rank(
+    job: TrainJob, prepared: PreparedData, stage_dir: str, world: World | None = None,
+    on_progress: OnProgress | None = None,
+) -> TrainOutcome:
+    """One rank's whole run: build, resume, step to the end, export. Collective over all ranks."""
+    world = world or current_world()
+    tokenizer = load_renderer(job.model).tokenizer
+    strategy = build_strategy(job.strategy, world, job.precision)
+    built = build_model(job, tokenizer, strategy, world)
+    optimizers = build_optimizers(built.model, job.optimizer)
+    stepper = Stepper(
+        built.model, build_objective(job.objective), strategy, optimizers, world, built.masking, built.dtype,
+        job.clip_norm,
+    )
+    checkpoints = Checkpoints(f"{stage_dir}/checkpoint", job.checkpoint, world)
+    loop = Loop(job, PackedTable(prepared.folder), stepper, checkpoints, pad_id(tokenizer), stage_dir)
+    metrics = loop.run(on_progress)
+    model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world)
+    return TrainOutcome(
+        model_path, adapter_path, prepared.plan.steps, metrics, built.report, prepared.accepted, prepared.rejected,
+        checkpoints.path(prepared.plan.steps),
+    )
+
+
+def _export(
+    job: TrainJob, built: Built, tokenizer: PreTrainedTokenizerBase, stage_dir: str, world: World
+) -> tuple[str, str | None]:
+    return export_trained(
+        built.model, tokenizer, stage_dir, dtype=built.dtype, is_main=world.is_main, base_path=job.model.path
+    )
+
+
+class Loop:
+    """Steps over a packed table from wherever the newest checkpoint stands."""
+
+    def __init__(
+        self, job: TrainJob, table: PackedTable, stepper: Stepper, checkpoints: Checkpoints, pad: int, stage_dir: str
+    ):
+        self._job, self._table, self._stepper, self._checkpoints = job, table, stepper, checkpoints
+        self._pad, self._stage_dir, self._world = pad, stage_dir, stepper.world
+        self._optimizers: Optimizers = stepper.optimizers
+        self._total = table.plan.steps
+
+    def run(self, on_progress: OnProgress | None = None) -> Row:
+        """Train to the end and return the last metrics row."""
+        start = self._resume()
+        log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
+        row: Row = {}
+        for step in range(start, self._total):
+            row = self._step(step)
+            if log is not None and ((step + 1) % self._job.log_every == 0 or step + 1 == self._total):
+                log.write(row)
+                if on_progress is not None:
+                    on_progress(step + 1, self._total, row)
+            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == self._total:
+                self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
+                if log is not None:
+                    log.flush()
+        return row or (log.last() if log is not None else {})
+
+    def _resume(self) -> int:
+        step = self._checkpoints.latest()
+        if step > self._total:
+            raise TrainError("the checkpoint is beyond the end of this run", got=step, allowed=f"{self._total} steps")
+        if step:
+            self._checkpoints.load(step, self._stepper.model, self._optimizers, self._stepper.strategy)
+        return step
+
+    def _step(self, step: int) -> Row:
+        began = time.perf_counter()
+        lr = self._optimizers.set_lr(lr_factor(self._job.schedule, step, self._total))
+        self._seed(step)
+        result = self._stepper(self._micro_batches(step))
+        seconds = time.perf_counter() - began
+        if not _finite(result):
+            raise TrainError(
+                f"the loss or its gradient is not finite at step {step + 1}",
+                got=f"loss {result.loss}, grad_norm {result.grad_norm}", allowed="finite numbers", knob="optimizer.lr",
+            )
+        return self._row(step, result, lr, seconds)
+
+    def _row(self, step: int, result: StepResult, lr: float, seconds: float) -> Row:
+        tokens = self._table.tokens(step)
+        return {
+            "step": step + 1, "epoch": round(self._table.epoch(step), 6), "loss": result.loss,
+            "grad_norm": result.grad_norm, "lr": lr, "tokens": tokens, "units": result.units, **result.metrics,
+            "seconds": round(seconds, 6), "tokens_per_s": round(tokens / seconds, 1),
+        }
+
+    def _seed(self, step: int) -> None:
+        """Dropout draws from torch's generator; seeding it per step and rank leaves no state to save."""
+        torch.manual_seed(row_seed(self._job.seed, "train.dropout", str(self._world.rank), step))
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
+        rows = self._table.rows(step, self._world.rank, self._world.size)
+        size = self._job.micro_batch
+        most = -(-self._table.num_rows(step) // self._world.size)
+        flat = self._stepper.masking == "varlen"
+        return [collate(rows[i : i + size], self._pad, flat) for i in range(0, most, size)]
+
+
+def _finite(result: StepResult) -> bool:
+    return bool(torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all())

@@ -1,0 +1,16 @@
+"""What is optimised: `type` of the objective's config -> the class that computes it, imported when asked for."""
+
+import importlib
+
+from itune_ray.config.train import ObjectiveConfig
+from itune_ray.train.objectives.base import Objective
+
+OBJECTIVES = {
+    "sft": "itune_ray.train.objectives.sft:Sft",
+}
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective of a config."""
+    module, _, name = OBJECTIVES[config.type].partition(":")
+    return getattr(importlib.import_module(module), name)(config)

@@ -1,0 +1,139 @@
+"""Rows to a durable training order: tokenise, quarantine what cannot be trained on, pack, write down.
+
+Everything here happens before any process group exists, once per stage. A row ends up accepted or rejected with a
+reason; nothing is dropped. Whether tokenising runs in this process or on a cluster (`train.run`) changes nothing in
+the result, since the order depends on row keys alone.
+"""
+
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from itune_ray.config.base import digest
+from itune_ray.config.train import TrainJob
+from itune_ray.data.chat import ChatRenderer, UnusableRow
+from itune_ray.data.order import DOCUMENT_SCHEMA, Plan, read_plan, write_order
+from itune_ray.data.records import Record
+from itune_ray.errors import TrainError
+
+TOKENISED_SCHEMA = pa.schema(
+    [*DOCUMENT_SCHEMA, ("content_hash", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+"""A tokenised document, or a rejected row with its reason and no tokens."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A training order on disk and what became of the rows."""
+
+    folder: str
+    """`order/` of the stage."""
+    plan: Plan
+    accepted: int
+    rejected: dict[str, int]
+    """Rows by reason; the rows themselves are in `rejected/` of the stage."""
+
+
+@lru_cache(maxsize=4)
+def renderer_for(model_json: str) -> ChatRenderer:
+    """One renderer per process and model section (as JSON), since loading a tokenizer takes longer than a batch."""
+    from itune_ray.config.train import TrainedModel
+    from itune_ray.train.build import load_renderer
+
+    return load_renderer(TrainedModel.model_validate_json(model_json))
+
+
+def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
+    """`TOKENISED_SCHEMA` of a batch of rows."""
+    return pa.Table.from_pylist([_tokenised_row(r, job, renderer) for r in records], schema=TOKENISED_SCHEMA)
+
+
+def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": record.key, "weight": record.weight, "content_hash": record.content_hash}
+    try:
+        ids, supervised = renderer.record_ids(record, job.objective.supervise)
+    except UnusableRow as error:
+        return row | {"reason": error.reason, "detail": str(error)}
+    if len(ids) > job.max_length:
+        return row | {"reason": "too_long", "detail": f"{len(ids)} tokens, max_length {job.max_length}"}
+    return row | {"input_ids": ids, "supervised": supervised}
+
+
+def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
+    """Identity of the order, as far as the job decides it: settings, tokenizer and template."""
+    settings = (job.seed, job.batch, job.epochs, job.steps, job.max_length, job.packing, job.pack_length)
+    vocabulary = digest(renderer.tokenizer.get_vocab(), length=16)
+    return digest([settings, job.objective.model_dump(mode="json"), vocabulary, renderer.template_hash], length=16)
+
+
+def finished_preparation(job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData | None:
+    """The order of an earlier attempt at the same stage, or None."""
+    folder = posixpath.join(stage_dir, "order")
+    plan = read_plan(folder)
+    if plan is None or plan.digest != preparation_digest(job, renderer):
+        return None
+    with fsspec.open(posixpath.join(folder, "rows.json")) as stream:
+        rows: dict[str, Any] = json.load(stream)  # type: ignore[arg-type]
+    return PreparedData(folder, plan, rows["accepted"], rows["rejected"])
+
+
+def write_prepared(tokenised: pa.Table, job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData:
+    """Split accepted from rejected rows, and write `rejected/` and `order/`; refuses to go on with nothing to train."""
+    is_rejected = pa.compute.is_valid(tokenised["reason"])
+    rejected, documents = tokenised.filter(is_rejected), tokenised.filter(pa.compute.invert(is_rejected))
+    counts = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
+    if rejected.num_rows:
+        _write_rejected(rejected, stage_dir)
+    if not documents.num_rows:
+        raise TrainError(
+            "no row is left to train on: no supervised token in any", got=counts or "no rows at all",
+            allowed="at least one row with an answer within max_length", knob="data",
+        )
+    folder = posixpath.join(stage_dir, "order")
+    capacity = (job.pack_length or job.max_length) if job.packing else None
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    with fs.open(posixpath.join(root, "rows.json"), "w") as stream:
+        json.dump({"accepted": documents.num_rows, "rejected": counts}, stream)
+    plan = write_order(
+        documents.select(DOCUMENT_SCHEMA.names), folder, digest=preparation_digest(job, renderer), seed=job.seed,
+        batch=job.batch, capacity=capacity, epochs=job.epochs, steps=job.steps,
+    )
+    return PreparedData(folder, plan, documents.num_rows, counts)
+
+
+def prepare_locally(job: TrainJob, records: Iterable[Record], stage_dir: str) -> PreparedData:
+    """Tokenise in this process and write the order; an order that is already there is used as it is."""
+    renderer = renderer_for(job.model.model_dump_json())
+    done = finished_preparation(job, renderer, stage_dir)
+    if done is not None:
+        return done
+    tables = [tokenise(chunk, job, renderer) for chunk in _chunks(records, 4096)]
+    return write_prepared(pa.concat_tables(tables or [TOKENISED_SCHEMA.empty_table()]), job, renderer, stage_dir)
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _write_rejected(rejected: pa.Table, stage_dir: str) -> None:
+    fs, root = fsspec.core.url_to_fs(posixpath.join(stage_dir, "rejected"))
+    fs.makedirs(root, exist_ok=True)
+    table = rejected.select(["key", "content_hash", "reason", "detail"])
+    with fs.open(posixpath.join(root, "part-00000.parquet"), "wb") as stream:
+        pq.write_table(table, stream)

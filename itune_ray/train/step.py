@@ -1,0 +1,83 @@
+"""One optimizer step, whose loss no micro-batch, accumulation, packing, padding, rank or strategy can move.
+
+Units are summed over the micro-batches and all ranks before the first forward; each micro-batch then hands
+Σ_k c_k · S_k / N_k to backward. Strategies average gradients over ranks, which the factor W undoes.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from itune_ray.data.batches import Batch, Masking, model_inputs
+from itune_ray.train.objectives.base import Loss, Objective
+from itune_ray.train.optimizer import Optimizers
+from itune_ray.train.strategies.base import Strategy
+from itune_ray.train.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The optimised loss of the global batch and its gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    units: dict[str, float]
+    """N_k over all ranks."""
+    metrics: dict[str, float]
+    """What the objective reports, divided by global units."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Everything an optimizer step needs; calling it takes the step."""
+
+    model: nn.Module
+    objective: Objective
+    strategy: Strategy
+    optimizers: Optimizers
+    world: World
+    masking: Masking
+    dtype: torch.dtype
+    clip_norm: float | None
+
+    def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Every rank passes the same number of micro-batches, dummies included, or collectives would not match."""
+        units = self._global_units(micro_batches)
+        sums: dict[str, float] = defaultdict(float)
+        metric_units: dict[str, str] = {}
+        for index, batch in enumerate(micro_batches):
+            with self.strategy.forward_context(last=index == len(micro_batches) - 1):
+                loss = self._forward(batch.to(self.world.device))
+                self.strategy.backward(self._scaled(loss, units))
+            for term, total in loss.terms.items():
+                sums[f"loss/{term}"] += float(total.detach())
+            for name, metric in loss.metrics.items():
+                sums[name] += float(metric.total)
+                metric_units[name] = metric.unit
+        grad_norm = self.strategy.step(self.optimizers, self.clip_norm)
+        totals = dict(zip(sums, self.world.sum(list(sums.values())), strict=True))
+        coefficients = self.objective.coefficients
+        value = sum(c * totals[f"loss/{term}"] / units[term] for term, c in coefficients.items())
+        metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items()}
+        return StepResult(value, grad_norm, units, metrics)
+
+    def _global_units(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        counts: dict[str, float] = defaultdict(float)
+        for batch in micro_batches:
+            for term, count in self.objective.units(batch).items():
+                counts[term] += count
+        names = sorted(counts)
+        totals = self.world.sum([counts[name] for name in names])
+        return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
+
+    def _forward(self, batch: Batch) -> Loss:
+        inputs = model_inputs(batch, self.masking, self.dtype)
+        scores = self.model(**inputs, labels=batch.labels, token_scores=True)
+        return self.objective(scores, batch)
+
+    def _scaled(self, loss: Loss, units: dict[str, float]) -> torch.Tensor:
+        terms = [c * loss.terms[term] / units[term] for term, c in self.objective.coefficients.items()]
+        return torch.stack(terms).sum() * self.strategy.gradient_divisor

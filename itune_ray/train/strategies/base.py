@@ -1,0 +1,68 @@
+"""The contract of a strategy: it places a model and moves gradients. No data, no logging, no files, no printing."""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from itune_ray.train.optimizer import Optimizers
+
+
+class Strategy(Protocol):
+    """What the loop knows of a strategy."""
+
+    starts_empty: bool
+    """Whether pretrained weights are loaded after `prepare`, into a model built on the meta device."""
+    gradient_divisor: int
+    """What the strategy divides summed gradients by; the loop multiplies the loss with it."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Place the model: wrap or shard it in the one order that works, then give meta parameters memory."""
+        ...
+
+    def forward_context(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch; gradients cross ranks only in the `last` one of a step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients."""
+        ...
+
+    def step(self, optimizers: Optimizers, clip_norm: float | None) -> float:
+        """Clip by the global norm, update, and return the norm before clipping."""
+        ...
+
+    def state(self, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+        """Trainable weights and optimizer state by name, sharded where they are."""
+        ...
+
+    def load_state(self, model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        ...
+
+
+def torch_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+    """State by parameter name, the same for DDP and FSDP2, so that one can resume what the other saved."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizers.optimizers, options=options)
+    return {"model": weights, "optimizer": moments}
+
+
+def load_torch_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
+    """Put `torch_state` back."""
+    set_state_dict(
+        model, optimizers.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+
+
+def clip_gradients(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
+    """Scale gradients down to `clip_norm` (None: leave them) and return their global L2 norm."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    whole = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    return float(whole)

@@ -1,0 +1,82 @@
+"""Weights, gradients and optimizer state sharded per decoder layer (torch `fully_shard`)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from itune_ray.config.train import Fsdp2Config
+from itune_ray.train.optimizer import Optimizers
+from itune_ray.train.strategies.base import clip_gradients, load_torch_state, torch_state
+from itune_ray.train.world import World, ensure_process_group
+
+
+class Fsdp2:
+    """Each rank holds 1/W of everything; a layer is gathered for its own forward and backward only.
+
+    bf16 gathers and computes in bf16 over fp32 shards and reduces gradients in fp32.
+    """
+
+    starts_empty = True
+
+    def __init__(self, config: Fsdp2Config, world: World, precision: Literal["bf16", "fp32"]):
+        ensure_process_group()
+        self._config, self._world = config, world
+        self._policy = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if precision == "bf16" else MixedPrecisionPolicy()
+        )
+        self.gradient_divisor = world.size
+        self._root: FSDPModule | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Decoder layers first, then the root, which takes what is left: embeddings, final norm and head."""
+        if not any(p.is_meta for p in model.parameters()):
+            model = model.to(self._world.device)
+        for layer in _decoder_layers(model):
+            fully_shard(layer, mp_policy=self._policy, reshard_after_forward=self._config.reshard_after_forward)
+        self._root = fully_shard(model, mp_policy=self._policy)
+        _materialise(model, self._world.device)
+        return model
+
+    @contextlib.contextmanager
+    def forward_context(self, last: bool) -> Iterator[None]:
+        assert self._root is not None
+        self._root.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, optimizers: Optimizers, clip_norm: float | None) -> float:
+        norm = clip_gradients(optimizers.parameters(), clip_norm)
+        optimizers.step()
+        return norm
+
+    def state(self, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+        return torch_state(model, optimizers)
+
+    def load_state(self, model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
+        load_torch_state(model, optimizers, state)
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks transformers itself declares indivisible: no list of model names is needed."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Give meta shards memory and move the real buffers, whose values no checkpoint holds."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    if any(p.is_meta for p in model.parameters()):
+        buffers = {id(module): dict(module._buffers) for module in model.modules()}
+        model.to_empty(device=device)
+        for module in model.modules():
+            module._buffers.update({k: b for k, b in buffers[id(module)].items() if b is None or not b.is_meta})
