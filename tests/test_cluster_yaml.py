@@ -9,11 +9,10 @@ NODE_TYPES = {"head", "cpu-data", "gpu-infer", "gpu-train"}
 
 
 def test_rays_own_schema_accepts_it():
-    from ray.autoscaler._private.util import validate_config
+    from ray.autoscaler._private.util import prepare_config, validate_config
 
-    # Not prepare_config: that asks the cloud for its default networks.
     config = yaml.safe_load(CLUSTER.read_text())
-    validate_config(config)
+    validate_config(prepare_config(config))
 
 
 def test_node_types_and_resources_are_the_ones_jobs_ask_for():
