@@ -1,1 +1,7 @@
-"""Engines that generate text, and the pool that holds their replicas."""
+"""Engines that complete chats, and the pool that serves them to a whole job."""
+
+ENGINES = {
+    "vllm": "itune_ray.engine.vllm:VllmEngine",
+    "fake": "itune_ray.engine.fake:FakeEngine",
+}
+"""Engine type -> class; each takes (config, model, threads)."""

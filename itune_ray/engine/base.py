@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from itune_ray.data.records import Message
+from itune_ray.errors import GenerationError
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -85,8 +86,26 @@ class Engine(Protocol):
         ...
 
 
+class EngineDiedError(GenerationError):
+    """The engine itself is gone, with all it was working on; the same requests may succeed on another."""
+
+
 class Llm(Protocol):
     """What a recipe sees: chats in, completions out, for one model."""
+
+    @property
+    def model(self) -> str:
+        """The model that answers, as `path@revision`."""
+        ...
+
+    @property
+    def sampling(self) -> Sampling:
+        """The job's sampling."""
+        ...
+
+    def seed(self, key: str) -> int:
+        """Seed of the call of that name; sample i of it draws from seed + i."""
+        ...
 
     async def generate(
         self, messages: Sequence[Message], *, key: str, sampling: Sampling | None = None, n: int = 1

@@ -1,0 +1,126 @@
+"""The two ways to drive vLLM: `LLMEngine` stepped in this process, and `AsyncLLM` with a process of its own."""
+
+import itertools
+from typing import TYPE_CHECKING, Any, Protocol
+
+from itune_ray.engine.base import EngineDiedError
+from itune_ray.engine.stepper import Stepper
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
+
+
+class Backend(Protocol):
+    """The two ways to drive vLLM."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt plus answer."""
+        ...
+
+    async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
+        """The final output of one request."""
+        ...
+
+    async def add_lora(self, lora: "LoRARequest") -> None:
+        """Load an adapter."""
+        ...
+
+    async def remove_lora(self, number: int) -> None:
+        """Unload an adapter."""
+        ...
+
+    def status(self) -> str:
+        """What the engine is doing."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine."""
+        ...
+
+
+class InProcessBackend:
+    """`LLMEngine` stepped by a thread of this process."""
+
+    def __init__(self, args: "AsyncEngineArgs"):
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._engine = LLMEngine.from_engine_args(args)
+        self._stepper = Stepper(self._engine)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt plus answer."""
+        return self._engine.vllm_config.model_config.max_model_len
+
+    async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
+        """The final output of one request."""
+        return await self._stepper.complete(prompt, params, lora)
+
+    async def add_lora(self, lora: "LoRARequest") -> None:
+        """Load an adapter."""
+        await self._stepper.call(lambda engine: engine.add_lora(lora))
+
+    async def remove_lora(self, number: int) -> None:
+        """Unload an adapter."""
+        await self._stepper.call(lambda engine: engine.remove_lora(number))
+
+    def status(self) -> str:
+        """What the engine is doing."""
+        return self._stepper.status()
+
+    def close(self) -> None:
+        """Stop stepping."""
+        self._stepper.close()
+
+
+class AsyncBackend:
+    """`AsyncLLM`: the engine core in a process of its own, so that tokenising overlaps with the accelerator."""
+
+    def __init__(self, args: "AsyncEngineArgs"):
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._engine = AsyncLLM.from_engine_args(args)
+        self._numbers = itertools.count()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt plus answer."""
+        return self._engine.vllm_config.model_config.max_model_len
+
+    async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
+        """The final output of one request; a cancelled caller aborts it."""
+        from vllm.pooling_params import PoolingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        name, final = str(next(self._numbers)), None
+        verb: Any = self._engine.encode if isinstance(params, PoolingParams) else self._engine.generate
+        try:
+            async for output in verb(prompt, params, name, lora_request=lora):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDiedError(one_line(error)) from None
+        return final
+
+    async def add_lora(self, lora: "LoRARequest") -> None:
+        """Load an adapter."""
+        await self._engine.add_lora(lora)
+
+    async def remove_lora(self, number: int) -> None:
+        """Unload an adapter."""
+        await self._engine.remove_lora(number)
+
+    def status(self) -> str:
+        """What the engine is doing."""
+        return f"{self._engine.get_num_unfinished_requests()} requests in the engine"
+
+    def close(self) -> None:
+        """Stop the engine's process."""
+        self._engine.shutdown()
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line of at most 400 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."

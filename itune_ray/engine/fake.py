@@ -1,0 +1,109 @@
+"""An engine without a model, for unit tests: a pure function of (prompt, sample index, seed), with fault injection."""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+
+from itune_ray.config.shared import FakeEngineConfig, ModelRef
+from itune_ray.engine.base import Completion, FinishReason, Request, Sample
+
+CONTEXT = 512
+"""Words of prompt plus answer that the fake model can hold."""
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+class FakeEngine:
+    """Answers by hashing; words are its tokens. Greedy sampling ignores the seed, an adapter changes every answer."""
+
+    def __init__(self, config: FakeEngineConfig | None = None, model: ModelRef | None = None, threads: int = 1):
+        self._config = config or FakeEngineConfig()
+        self._failed_once: set[str] = set()
+        self.name = f"{model.path if model else 'fake'}@fake"
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete each request, in order; the slowest takes 1.5 times the configured latency."""
+        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Eight hashed numbers per text."""
+        return [[_draw(text, dimension) for dimension in range(8)] for text in texts]
+
+    def status(self) -> str:
+        """What it is doing, for the message of a deadline."""
+        return "fake engine, alive"
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    async def _complete(self, request: Request) -> Completion:
+        prompt = _prompt(request)
+        if self._config.latency_s:
+            await asyncio.sleep(self._config.latency_s * (0.5 + _draw("latency", prompt)))
+        error, retryable = self._fault(request, prompt)
+        if error is not None:
+            return Completion(id=request.id, error=error, retryable=retryable)
+        words = prompt.split()
+        return Completion(
+            id=request.id,
+            samples=tuple(self._sample(request, prompt, index) for index in range(request.sampling.n)),
+            prompt_token_ids=tuple(_token(word) for word in words),
+            prompt_logprobs=None if request.sampling.prompt_logprobs is None else _prompt_logprobs(words),
+        )
+
+    def _fault(self, request: Request, prompt: str) -> tuple[str | None, bool]:
+        if (length := len(prompt.split())) >= CONTEXT:
+            return f"prompt_too_long: {length} tokens, max_model_len {CONTEXT}", False
+        if _draw("fail", prompt) < self._config.fail_rate:
+            return "injected failure", True
+        if _draw("flaky", prompt) < self._config.flaky_rate and request.id not in self._failed_once:
+            self._failed_once.add(request.id)
+            return "injected failure of the first attempt", True
+        return None, False
+
+    def _sample(self, request: Request, prompt: str, index: int) -> Sample:
+        sampling = request.sampling
+        seed = None if sampling.temperature == 0 else (sampling.seed or 0) + index
+        words = self._words(prompt, seed, request.adapter)
+        cut = min(sampling.max_tokens, CONTEXT - len(prompt.split()))
+        if _draw("truncate", prompt, index) < self._config.truncate_rate:
+            cut = min(cut, max(1, len(words) // 2))
+        finish: FinishReason = "length" if len(words) > cut else "stop"
+        kept = words[:cut]
+        ids = tuple(_token(word) for word in kept)
+        return Sample(
+            text=" ".join(kept), token_ids=ids, finish_reason=finish,
+            logprobs=None if sampling.logprobs is None else tuple({i: -_draw("logprob", i)} for i in ids),
+        )
+
+    def _words(self, prompt: str, seed: int | None, adapter: str | None) -> list[str]:
+        if _draw("empty", prompt, seed) < self._config.empty_rate:
+            return []
+        if _draw("refuse", prompt, seed) < self._config.refuse_rate:
+            return list(REFUSAL.split())
+        reply = f"{_hash(prompt, seed, adapter):016x} answers: {prompt.split(':', 1)[-1].strip()[:200]}"
+        return list(reply.split())
+
+
+def _prompt(request: Request) -> str:
+    if request.messages is not None:
+        return " ".join(f"{m['role']}: {m['content']}" for m in request.messages)
+    return request.text if request.text is not None else " ".join(map(str, request.token_ids or ()))
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def _draw(*parts: object) -> float:
+    """A number in [0, 1), the same for the same parts."""
+    return _hash(*parts) / 2**64
+
+
+def _token(word: str) -> int:
+    return _hash("token", word) % 32_000
+
+
+def _prompt_logprobs(words: Sequence[str]) -> tuple[dict[int, float] | None, ...]:
+    tokens = [_token(word) for word in words]
+    return (None, *({token: -_draw("logprob", token)} for token in tokens[1:]))

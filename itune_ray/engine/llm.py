@@ -1,0 +1,69 @@
+"""The `Llm` of recipes, judges and benchmarks: an engine with a model's name, a sampling and a seed.
+
+The seed of a call is a pure function of (run seed, stage, key), so neither batching, worker count nor a retry changes
+what is drawn.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from itune_ray.config.base import digest
+from itune_ray.config.shared import SamplingConfig
+from itune_ray.data.records import Message, row_seed
+from itune_ray.engine.base import Completion, Engine, Request, Sampling
+
+
+def sampling_of(config: SamplingConfig) -> Sampling:
+    """The engine's sampling from the job's."""
+    return Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        stop=config.stop,
+    )
+
+
+class EngineLlm:
+    """One model behind an engine or a pool client.
+
+    Args:
+        engine: Anything with `generate(requests)`.
+        model: The model's name in records, `path@revision`.
+        sampling: Used where a call gives none.
+        seed: The run's seed.
+        stage: First part of every request id, and of the seeds.
+        adapter: LoRA adapter folder to answer with.
+    """
+
+    def __init__(
+        self, engine: Engine, *, model: str, sampling: Sampling, seed: int = 0, stage: str = "",
+        adapter: str | None = None,
+    ):
+        self._engine, self._seed, self._stage, self._adapter = engine, seed, stage, adapter
+        self._model, self._sampling = model, sampling
+
+    @property
+    def model(self) -> str:
+        """The model that answers, as `path@revision`."""
+        return self._model
+
+    @property
+    def sampling(self) -> Sampling:
+        """The job's sampling."""
+        return self._sampling
+
+    def seed(self, key: str) -> int:
+        """63-bit seed of the call of that name."""
+        return row_seed(self._seed, self._stage, key)
+
+    async def generate(
+        self, messages: Sequence[Message], *, key: str, sampling: Sampling | None = None, n: int = 1
+    ) -> Completion:
+        """Complete one chat; see `itune_ray.engine.base.Llm`."""
+        chosen = dataclasses.replace(sampling or self._sampling, n=n, seed=self.seed(key))
+        request = Request(id="", sampling=chosen, messages=tuple(messages), adapter=self._adapter)
+        (completion,) = await self._engine.generate([self._named(request, key)])
+        return completion
+
+    def _named(self, request: Request, key: str) -> Request:
+        """The id holds a digest of the work, so that two calls that reuse a key by mistake never share an answer."""
+        work = digest([request.messages, dataclasses.asdict(request.sampling), request.adapter])
+        return dataclasses.replace(request, id=f"{self._stage}/{key}/{work}")

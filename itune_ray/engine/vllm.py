@@ -1,0 +1,244 @@
+"""vLLM behind the engine contract: `LLMEngine` stepped in-process on CPU, `AsyncLLM` on accelerators.
+
+vLLM is imported only when an engine is built. Measured on CPU: a per-request seed with chunked prefill kills the
+engine, so chunking is off there and the seeds stay; thread binding costs a factor of 20 in-process, so it is off too.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from itune_ray.config.shared import ModelRef, VllmEngineConfig
+from itune_ray.data.hub import read_config, resolve
+from itune_ray.engine.adapters import AdapterSlots
+from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, one_line
+from itune_ray.engine.base import Completion, EngineDiedError, FinishReason, Request, Sample, Sampling
+from itune_ray.engine.prompts import BadPromptError, PromptEncoder
+from itune_ray.errors import ITuneError, ModelError
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+CPU_HEAD_DIMS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
+"""What vLLM's CPU attention can do; another size loads, and dies at the first request."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM can be started with."""
+LORA_SLOTS_SPARE = 1
+"""With every slot taken, vLLM answers base-model rows of a mixed batch with the last adapter, silently."""
+_FINISHED: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+
+
+class VllmEngine:
+    """One vLLM engine with one base model.
+
+    Args:
+        config: Engine settings.
+        model: The base model; its `adapter` is not used here, requests name theirs.
+        threads: OpenMP threads on CPU.
+
+    Raises:
+        ModelError: vLLM cannot load the model, in one line.
+    """
+
+    def __init__(self, config: VllmEngineConfig, model: ModelRef, threads: int = 1):
+        for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}.items():
+            os.environ.setdefault(name, value)
+        folder = resolve(model.path, revision=model.revision)
+        tokenizer = resolve(model.tokenizer, kind="tokenizer").path if model.tokenizer else folder.path
+        self.name = f"{model.path}@{folder.revision or folder.fingerprint}"
+        encoder = load_tokenizer(tokenizer, model)
+        self._backend = _load(config, model, folder.path, tokenizer)
+        self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
+        self._adapters = AdapterSlots(config.max_adapters, self._load_adapter, self._backend.remove_lora)
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete each request; same length and order. Raises `EngineDiedError` when the engine itself is gone."""
+        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector per text; the engine must be started with `extra: {runner: pooling, convert: embed}`."""
+        from vllm import PoolingParams
+
+        async def one(text: str) -> list[float]:
+            ids = self._prompts.encode(Request(id="", sampling=Sampling(), text=text))
+            output = await self._backend.complete(_tokens(ids), PoolingParams(task="embed"), None)
+            return output.outputs.data.float().tolist()
+
+        return list(await asyncio.gather(*map(one, texts)))
+
+    def status(self) -> str:
+        """What it is doing, for the message of a deadline."""
+        return self._backend.status()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._backend.close()
+
+    async def _complete(self, request: Request) -> Completion:
+        try:
+            ids = self._prompts.encode(request)
+            async with self._lora(request.adapter) as lora:
+                output = await self._backend.complete(_tokens(ids), sampling_params(request.sampling), lora)
+        except EngineDiedError:
+            raise
+        except (BadPromptError, ITuneError) as error:
+            return Completion(id=request.id, error=str(error))
+        except Exception as error:  # noqa: BLE001  vLLM refuses a single request with many kinds of errors
+            return Completion(id=request.id, error=f"invalid_request: {one_line(error)}")
+        return completion_of(request, output)
+
+    @asynccontextmanager
+    async def _lora(self, adapter: str | None) -> AsyncIterator["LoRARequest | None"]:
+        if adapter is None:
+            yield None
+            return
+        async with self._adapters.hold(adapter) as number:
+            yield _lora_request(number, adapter)
+
+    async def _load_adapter(self, number: int, adapter: str) -> None:
+        try:
+            await self._backend.add_lora(_lora_request(number, adapter))
+        except (EngineDiedError, ITuneError):
+            raise
+        except Exception as error:  # whatever an adapter's files can cause
+            raise ModelError(f"vLLM cannot load the adapter: {one_line(error)}", got=adapter) from error
+
+
+def load_tokenizer(folder: str, model: ModelRef) -> Any:
+    """The model's tokenizer; lengths are checked against the engine's context, not against its own idea of one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # missing and damaged files each raise their own kind
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {one_line(error)}", got=folder, knob="model.tokenizer"
+        ) from error
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str) -> Backend:
+    """Build the engine; whatever stops vLLM becomes one `ModelError` line."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ModelError(
+            f"vLLM is not installed: {error}", allowed="`pip install itune-ray[cpu]` or `[gpu]`", knob="engine.type"
+        ) from None
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        os.environ.update({k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ})
+        _check_head_dim(folder, model.path)
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        args = AsyncEngineArgs(**engine_args(config, model, folder, tokenizer, on_cpu))
+        return InProcessBackend(args) if on_cpu else AsyncBackend(args)
+    except Exception as error:  # a wrong path, config, dtype, size or memory each raise their own kind
+        raise _load_error(error, model.path) from error
+
+
+def engine_args(
+    config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, on_cpu: bool
+) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs` for this engine."""
+    args: dict[str, Any] = {
+        "model": folder, "tokenizer": tokenizer, "dtype": model.dtype, "trust_remote_code": model.trust_remote_code,
+        "max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs, "seed": 0,
+        "tensor_parallel_size": config.tensor_parallel, "pipeline_parallel_size": config.pipeline_parallel,
+        "max_logprobs": config.max_logprobs, "disable_log_stats": True,
+        "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+    }
+    parallel = config.tensor_parallel * config.pipeline_parallel > 1
+    if on_cpu:
+        args |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30)}
+        args |= {"distributed_executor_backend": "mp"} if parallel else {}
+    else:
+        args |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+        args |= {"distributed_executor_backend": "ray"} if parallel else {}
+    if config.max_adapters:
+        slots = config.max_adapters + LORA_SLOTS_SPARE
+        rank = next((r for r in LORA_RANKS if r >= config.max_adapter_rank), LORA_RANKS[-1])
+        args |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
+    return args | config.extra
+
+
+def sampling_params(sampling: Sampling) -> Any:
+    """vLLM's `SamplingParams`; only the final output is asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens, stop=list(sampling.stop), seed=sampling.seed, logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs, output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def completion_of(request: Request, output: Any) -> Completion:
+    """The contract's completion from vLLM's `RequestOutput`."""
+    outputs = sorted(output.outputs, key=lambda part: part.index)
+    odd = [str(part.finish_reason) for part in outputs if part.finish_reason not in _FINISHED]
+    if odd:
+        return Completion(id=request.id, error=f"the engine ended the request with `{odd[0]}`", retryable=True)
+    return Completion(
+        id=request.id,
+        samples=tuple(
+            Sample(
+                text=part.text, token_ids=tuple(part.token_ids), finish_reason=_FINISHED[part.finish_reason],
+                logprobs=None if part.logprobs is None else tuple(_values(entry) for entry in part.logprobs),
+            )
+            for part in outputs
+        ),
+        prompt_token_ids=tuple(output.prompt_token_ids or ()),
+        prompt_logprobs=_prompt_logprobs(output.prompt_logprobs),
+    )
+
+
+def _prompt_logprobs(entries: Sequence[Mapping[int, Any] | None] | None) -> tuple[dict[int, float] | None, ...] | None:
+    return None if entries is None else tuple(None if entry is None else _values(entry) for entry in entries)
+
+
+def _values(entry: Mapping[int, Any]) -> dict[int, float]:
+    return {token: value.logprob for token, value in entry.items()}
+
+
+def _tokens(ids: list[int]) -> Any:
+    from vllm.inputs import tokens_input
+
+    return tokens_input(ids)
+
+
+def _lora_request(number: int, adapter: str) -> "LoRARequest":
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=resolve(adapter, kind="adapter").path)
+
+
+def _check_head_dim(folder: str, got: str) -> None:
+    config = read_config(folder)
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    head_dim = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    if head_dim is not None and head_dim not in CPU_HEAD_DIMS:
+        raise ModelError(
+            f"vLLM's CPU attention has no head_dim {head_dim}", got=got,
+            allowed=f"head_dim in {sorted(CPU_HEAD_DIMS)}, or a GPU", knob="model.path",
+        )
+
+
+def _load_error(error: Exception, path: str) -> ModelError:
+    text = one_line(error)
+    knob = "engine.max_model_len or engine.kv_cache_gb" if "KV cache" in text else "model.path"
+    return ModelError(f"vLLM cannot load the model: {text}", got=path, knob=knob)
