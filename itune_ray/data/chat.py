@@ -24,7 +24,7 @@ Supervise = Literal["assistant", "last_assistant", "all"]
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class UnusableRow(DataError):
+class UnusableRow(DataError):  # noqa: N818  named for the row, whose reason it carries
     """A row that cannot become training tokens; `reason` is the code it is quarantined under."""
 
     reason: ClassVar[str] = "unusable"

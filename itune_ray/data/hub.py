@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.fs as pafs
 from filelock import FileLock
 
 from itune_ray.config.base import digest
 from itune_ray.config.shared import ModelRef
+from itune_ray.data.storage import Folder
 from itune_ray.errors import ModelError, did_you_mean
 
 Kind = Literal["model", "tokenizer", "adapter"]
@@ -55,7 +57,7 @@ def resolve(path: str, *, revision: str | None = None, kind: Kind = "model") -> 
     """Resolve the folder of a model, a tokenizer or an adapter.
 
     Args:
-        path: A folder, `playground://NAME`, a URI that fsspec reads (s3://, gs://, ...) or a Hub id.
+        path: A folder, `playground://NAME`, a URI (s3://, gs://) or a Hub id.
         revision: Hub branch, tag or commit.
         kind: Which files the folder must hold.
     """
@@ -191,27 +193,21 @@ def _has_weights(folder: Path) -> bool:
 
 def _copy_of_uri(uri: str) -> Path:
     """A local copy keyed by the URI and its listing, so that a changed model is copied anew."""
-    import fsspec
-
+    source = Folder.at(uri)
     try:
-        fs, root = fsspec.core.url_to_fs(uri)
-        listing: dict[str, Any] = fs.find(root, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"the model's URI cannot be read: {error}", got=uri, knob="model.path") from None
-    if not listing:
-        raise ModelError("there is no model at this URI", got=uri, knob="model.path")
-    state = [[name, info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
-             for name, info in sorted(listing.items())]
+        listing = source.fs.get_file_info(pafs.FileSelector(source.path, recursive=True))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"the model's URI cannot be read: {reason}", got=uri, knob="model.path") from None
+    files = sorted((info for info in listing if info.is_file), key=lambda info: info.path)
+    state = [[info.path, info.size, info.mtime_ns] for info in files]
     target = _cache_root() / "models" / digest([uri, state], length=16)
     with _node_lock(target.name):
         if not target.is_dir():
             partial = target.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for name in listing:
-                copy = partial / name[len(root.rstrip("/")) + 1 :]
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(name, str(copy))
+            pafs.copy_files(source.path, str(partial), source_filesystem=source.fs)
             partial.rename(target)
     return target
 

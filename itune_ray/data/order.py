@@ -6,13 +6,10 @@ per epoch and a hash-sampled share of w - floor(w) once more (survey eq. 5). The
 small Parquet row groups; a worker reads only the groups that overlap its slice of a step.
 """
 
-import json
-import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 
 from itune_ray.data.packing import pack
 from itune_ray.data.records import row_rng, row_seed
+from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 
 ROWS_PER_GROUP = 64
@@ -135,8 +133,8 @@ def write_order(
         documents: `DOCUMENT_SCHEMA`.
         capacity: Tokens of a packed row; None puts every document in a row of its own.
     """
-    fs, root = fsspec.core.url_to_fs(folder)
-    fs.makedirs(root, exist_ok=True)
+    target = Folder.at(folder)
+    target.fs.create_dir(target.path, recursive=True)
     ids, supervised = _Lists(documents["input_ids"]), _Lists(documents["supervised"])
     keys: list[str] = documents["key"].to_pylist()
     order = Order(keys, documents["weight"].to_pylist(), seed, batch)
@@ -146,7 +144,7 @@ def write_order(
         if step % STEPS_PER_FILE == 0:
             if writer is not None:
                 writer.close()
-            writer = _FileWriter(fs, root, f"part-{step // STEPS_PER_FILE:05d}.parquet")
+            writer = _FileWriter(target, f"part-{step // STEPS_PER_FILE:05d}.parquet")
         assert writer is not None
         lengths = [ids.length(i) for i in indices]
         rows = pack(lengths, capacity) if capacity is not None else [[i] for i in range(len(indices))]
@@ -155,21 +153,16 @@ def write_order(
         tokens += sum(lengths)
     if writer is not None:
         writer.close()
-    _write_table(fs, posixpath.join(root, "steps.parquet"), pa.Table.from_pylist(step_rows, schema=STEP_SCHEMA))
+    target.write_table("steps.parquet", pa.Table.from_pylist(step_rows, schema=STEP_SCHEMA))
     plan = Plan(digest=digest, steps=len(step_rows), documents=len(keys), epochs=done, tokens=tokens)
-    with fs.open(posixpath.join(root, "plan.json"), "w") as stream:
-        json.dump(asdict(plan), stream)
+    target.write_json("plan.json", asdict(plan))
     return plan
 
 
 def read_plan(folder: str) -> Plan | None:
     """The plan of a finished order, or None where there is none yet."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    path = posixpath.join(root, "plan.json")
-    if not fs.exists(path):
-        return None
-    with fs.open(path) as stream:
-        return Plan(**json.load(stream))
+    source = Folder.at(folder)
+    return Plan(**source.read_json("plan.json")) if source.exists("plan.json") else None
 
 
 class PackedTable:
@@ -180,11 +173,10 @@ class PackedTable:
         if plan is None:
             raise TrainError("the training order is missing or unfinished", got=folder)
         self.plan = plan
-        self._fs, self._root = fsspec.core.url_to_fs(folder)
-        with self._fs.open(posixpath.join(self._root, "steps.parquet")) as stream:
-            self._steps = {name: column.to_numpy() for name, column in zip(
-                STEP_SCHEMA.names, pq.read_table(stream).columns, strict=True)}
-        self._open_name, self._open_file = "", None
+        self._folder = Folder.at(folder)
+        steps = self._folder.read_table("steps.parquet")
+        self._steps = {name: steps[name].to_numpy() for name in STEP_SCHEMA.names}
+        self._open: tuple[str, pq.ParquetFile] | None = None
 
     def epoch(self, step: int) -> float:
         """Epochs done once the step (from 0) is done."""
@@ -214,9 +206,10 @@ class PackedTable:
         return sorted(_packed_rows(table), key=lambda row: -len(row.input_ids))
 
     def _file(self, name: str) -> pq.ParquetFile:
-        if self._open_file is None or name != self._open_name:
-            self._open_name, self._open_file = name, pq.ParquetFile(self._fs.open(posixpath.join(self._root, name)))
-        return self._open_file
+        if self._open is None or self._open[0] != name:
+            stream = self._folder.fs.open_input_file((self._folder / name).path)
+            self._open = name, pq.ParquetFile(stream)
+        return self._open[1]
 
 
 class _Lists:
@@ -239,9 +232,9 @@ class _Lists:
 class _FileWriter:
     """One Parquet file of the order; each step starts a new row group."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, name: str):
+    def __init__(self, folder: Folder, name: str):
         self._name, self._groups = name, 0
-        self._stream = fs.open(posixpath.join(root, name), "wb")
+        self._stream = folder.fs.open_output_stream((folder / name).path)
         self._writer = pq.ParquetWriter(self._stream, PACKED_SCHEMA, compression="zstd", use_dictionary=False)
 
     def write(self, table: pa.Table) -> dict[str, object]:
@@ -269,8 +262,3 @@ def _packed_rows(table: pa.Table) -> Iterator[PackedRow]:
     ids, supervised, lengths = (_Lists(table[name]) for name in ("input_ids", "supervised", "lengths"))
     for index, keys in enumerate(table["keys"].to_pylist()):
         yield PackedRow(ids[index], supervised[index], lengths[index], tuple(keys))  # type: ignore[arg-type]
-
-
-def _write_table(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table) -> None:
-    with fs.open(path, "wb") as stream:
-        pq.write_table(table, stream)

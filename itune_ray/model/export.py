@@ -5,13 +5,11 @@ that has it is complete. Paths may be URIs.
 """
 
 import json
-import posixpath
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from itune_ray.data.storage import Folder
 from itune_ray.model.merge import merged_tensors, stored_tensors, whole
 from itune_ray.model.peft import ADAPTER
 
@@ -30,9 +29,10 @@ def export_trained(
     base_path: str | None,
 ) -> tuple[str, str | None]:
     """Write `model/` (adapter merged) and, after adapter training, `adapter/`; returns both paths. Collective."""
-    model_path, adapter_path = posixpath.join(stage_dir, "model"), None
+    stage = Folder.at(stage_dir)
+    model_path, adapter_path = (stage / "model").uri, None
     if _peft_config(model) is not None:
-        adapter_path = posixpath.join(stage_dir, "adapter")
+        adapter_path = (stage / "adapter").uri
         write_adapter(model, tokenizer, adapter_path, is_main=is_main, base_path=base_path)
     write_model(model, tokenizer, model_path, dtype=dtype, is_main=is_main)
     return model_path, adapter_path
@@ -143,25 +143,20 @@ class _Folder:
     """A target folder, local or remote, emptied of an earlier attempt's files that would contradict ours."""
 
     def __init__(self, out: str):
-        self._fs, self._root = fsspec.core.url_to_fs(out)
-        self._local = "file" in self._fs.protocol
-        if self._fs.exists(self._root):
-            self._fs.rm(self._root, recursive=True)
-        self._fs.makedirs(self._root, exist_ok=True)
+        self._folder = Folder.at(out)
+        self._folder.delete()
+        self._folder.fs.create_dir(self._folder.path, recursive=True)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        path = posixpath.join(self._root, name)
-        if self._local:
-            save_file(tensors, path, metadata={"format": "pt"})
+        if self._folder.is_local:
+            save_file(tensors, (self._folder / name).path, metadata={"format": "pt"})
         else:
-            with self._fs.open(path, "wb") as stream:
-                stream.write(save(tensors, metadata={"format": "pt"}))
+            self._folder.write_bytes(name, save(tensors, metadata={"format": "pt"}))
 
     def write_text(self, name: str, text: str) -> None:
-        with self._fs.open(posixpath.join(self._root, name), "w") as stream:
-            stream.write(text)
+        self._folder.write_bytes(name, text.encode())
 
     def put_all(self, scratch: str, last: str) -> None:
         files = sorted(Path(scratch).iterdir(), key=lambda f: (f.name == last, f.name))
         for file in files:
-            self._fs.put_file(str(file), posixpath.join(self._root, file.name))
+            self._folder.write_bytes(file.name, file.read_bytes())

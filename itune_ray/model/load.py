@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from itune_ray.config.shared import ModelRef
 from itune_ray.config.train import InitConfig
 from itune_ray.data.batches import Masking
+from itune_ray.data.hub import local_model_folder
 from itune_ray.errors import ModelError
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -72,7 +74,10 @@ def empty_model(
     folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The same architecture with parameters on the meta device and real buffers: no memory until it is sharded."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model's config is unusable: {_first_line(error)}", got=folder) from None
     with parameters_on_meta():
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -94,6 +99,14 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def count_parameters(ref: ModelRef) -> int:
+    """Parameters of a model from its config.json alone, tied weights once."""
+    model = empty_model(
+        local_model_folder(ref).path, dtype=torch.float32, attention="eager", trust_remote_code=ref.trust_remote_code
+    )
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextlib.contextmanager

@@ -50,6 +50,9 @@ class LogitTransform(NamedTuple):
         return grad if self.scale == 1.0 else grad * self.scale
 
 
+IDENTITY = LogitTransform()
+
+
 def install_fused_head(model: nn.Module) -> None:
     """Let `model(..., labels=labels, token_scores=True)` return `TokenScores`; without the flag nothing changes.
 
@@ -75,7 +78,7 @@ def install_fused_head(model: nn.Module) -> None:
 
 
 def score_tokens(
-    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = LogitTransform()
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = IDENTITY
 ) -> TokenScores:
     """Scores of targets [N] given hidden states [N, H] and the language-model head."""
     if type(head) is nn.Linear and head.bias is None:

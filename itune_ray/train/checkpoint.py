@@ -6,18 +6,21 @@ schedule or generator has state. The state is stored by parameter name, so anoth
 marker file is written last; a folder without it is a crash's leftover, never read and cleared at the next save.
 """
 
-import json
-import posixpath
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
-import fsspec
+import pyarrow.fs as pafs
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from itune_ray.config.train import CheckpointConfig
+from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
@@ -30,65 +33,115 @@ class Checkpoints:
     """The checkpoints of one stage, by path or URI."""
 
     def __init__(self, folder: str, config: CheckpointConfig, world: World):
-        self._fs, self._root = fsspec.core.url_to_fs(folder)
-        self._local = "file" in self._fs.protocol
-        self._uri, self._config, self._world = folder, config, world
+        self._folder, self._config, self._world = Folder.at(folder), config, world
 
     def latest(self) -> int:
         """Optimizer steps done in the newest complete checkpoint; 0 without one."""
         return max(self._complete(), default=0)
 
-    def path(self, step: int) -> str:
-        """Folder of a checkpoint, as the user writes it."""
-        return posixpath.join(self._uri, f"step-{step:06d}")
+    def at(self, step: int) -> Folder:
+        """Folder of one checkpoint."""
+        return self._folder / f"step-{step:06d}"
 
-    def save(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> str:
+    def save(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
         """Collective: all ranks write their shards, then rank 0 publishes, and drops what `keep` no longer covers."""
+        target = self.at(step)
         if self._world.is_main:
             self._remove_unfinished()
-            self._fs.makedirs(self._inner(step), exist_ok=True)
+            target.fs.create_dir(target.path, recursive=True)
         self._world.barrier()
-        writer = FileSystemWriter(self._inner(step)) if self._local else FsspecWriter(self.path(step))
-        dcp.save(strategy.state(model, optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+        with _quiet():
+            dcp.save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
         self._world.barrier()
         if self._world.is_main:
-            with self._fs.open(posixpath.join(self._inner(step), MARKER), "w") as stream:
-                json.dump({"step": step, "world": self._world.size}, stream)
+            target.write_json(MARKER, {"step": step, "world": self._world.size})
             for old in sorted(self._complete())[: -self._config.keep]:
-                self._fs.rm(self._inner(old), recursive=True)
-        return self.path(step)
+                self.at(old).delete()
 
     def load(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
         """Collective: read the state of a checkpoint into a placed model and its optimizers."""
         state = strategy.state(model, optimizers)
-        reader = FileSystemReader(self._inner(step)) if self._local else FsspecReader(self.path(step))
         try:
-            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+            with _quiet():
+                dcp.load(state, storage_reader=_Reader(self.at(step)), no_dist=_alone())
         except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
             raise TrainError(
-                f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}", got=self.path(step),
+                f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}", got=self.at(step).uri,
                 allowed="a checkpoint of the same model, adapter and optimizer",
             ) from error
         strategy.load_state(model, optimizers, state)
 
     def _complete(self) -> list[int]:
-        return [step for step, done in self._folders().items() if done]
+        return [step for step in self._steps() if self.at(step).exists(MARKER)]
 
     def _remove_unfinished(self) -> None:
-        for step, done in self._folders().items():
-            if not done:
-                self._fs.rm(self._inner(step), recursive=True)
+        for step in set(self._steps()) - set(self._complete()):
+            self.at(step).delete()
 
-    def _folders(self) -> dict[int, bool]:
-        """Step -> whether its marker is there."""
-        if not self._fs.isdir(self._root):
-            return {}
-        self._fs.invalidate_cache()
-        names = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
-        steps = [int(name.removeprefix("step-")) for name in names if name.startswith("step-")]
-        return {step: bool(self._fs.exists(posixpath.join(self._inner(step), MARKER))) for step in steps}
-
-    def _inner(self, step: int) -> str:
-        return posixpath.join(self._root, f"step-{step:06d}")
+    def _steps(self) -> list[int]:
+        return [int(name.removeprefix("step-")) for name in self._folder.names() if name.startswith("step-")]
 
 
+def _alone() -> bool:
+    return not dist.is_initialized()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer over the project's storage."""
+
+    def __init__(self, folder: Folder):
+        super().__init__(folder.path, sync_files=folder.is_local)
+        if not folder.is_local:
+            self.fs, self.path = _ArrowFileSystem(folder.fs), folder.path
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader over the project's storage."""
+
+    def __init__(self, folder: Folder):
+        super().__init__(folder.path)
+        if not folder.is_local:
+            self.fs, self.path = _ArrowFileSystem(folder.fs), folder.path
+
+
+class _ArrowFileSystem(FileSystemBase):
+    """What DCP asks of a filesystem, answered by pyarrow (s3://, gs://)."""
+
+    def __init__(self, fs: pafs.FileSystem):
+        self._fs = fs
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        opened = self._fs.open_input_file(str(path)) if "r" in mode else self._fs.open_output_stream(str(path))
+        with opened as stream:
+            yield stream
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return f"{path}/{suffix}"
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        return str(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self._fs.move(str(path), str(new_path))
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        self._fs.create_dir(str(path), recursive=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return self._fs.get_file_info(str(path)).type != pafs.FileType.NotFound
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        self._fs.delete_file(str(path))

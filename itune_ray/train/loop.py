@@ -16,6 +16,7 @@ from itune_ray.config.train import TrainJob
 from itune_ray.data.batches import Batch, collate
 from itune_ray.data.order import PackedTable
 from itune_ray.data.records import Record, row_seed
+from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 from itune_ray.model.export import export_trained
 from itune_ray.model.load import pad_id
@@ -80,13 +81,13 @@ def train_rank(
         built.model, build_objective(job.objective), strategy, optimizers, world, built.masking, built.dtype,
         job.clip_norm,
     )
-    checkpoints = Checkpoints(f"{stage_dir}/checkpoint", job.checkpoint, world)
+    checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     loop = Loop(job, PackedTable(prepared.folder), stepper, checkpoints, pad_id(tokenizer), stage_dir)
     metrics = loop.run(on_progress)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world)
     return TrainOutcome(
         model_path, adapter_path, prepared.plan.steps, metrics, built.report, prepared.accepted, prepared.rejected,
-        checkpoints.path(prepared.plan.steps),
+        checkpoints.at(prepared.plan.steps).uri,
     )
 
 

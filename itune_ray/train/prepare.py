@@ -5,23 +5,21 @@ reason; nothing is dropped. Whether tokenising runs in this process or on a clus
 the result, since the order depends on row keys alone.
 """
 
-import json
-import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA, Plan, read_plan, write_order
 from itune_ray.data.records import Record
+from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 
 TOKENISED_SCHEMA = pa.schema(
@@ -76,38 +74,36 @@ def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
 
 def finished_preparation(job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData | None:
     """The order of an earlier attempt at the same stage, or None."""
-    folder = posixpath.join(stage_dir, "order")
-    plan = read_plan(folder)
+    folder = Folder.at(stage_dir) / "order"
+    plan = read_plan(folder.uri)
     if plan is None or plan.digest != preparation_digest(job, renderer):
         return None
-    with fsspec.open(posixpath.join(folder, "rows.json")) as stream:
-        rows: dict[str, Any] = json.load(stream)  # type: ignore[arg-type]
-    return PreparedData(folder, plan, rows["accepted"], rows["rejected"])
+    rows = folder.read_json("rows.json")
+    return PreparedData(folder.uri, plan, rows["accepted"], rows["rejected"])
 
 
 def write_prepared(tokenised: pa.Table, job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData:
     """Split accepted from rejected rows, and write `rejected/` and `order/`; refuses to go on with nothing to train."""
-    is_rejected = pa.compute.is_valid(tokenised["reason"])
-    rejected, documents = tokenised.filter(is_rejected), tokenised.filter(pa.compute.invert(is_rejected))
+    is_rejected = pc.is_valid(tokenised["reason"])
+    rejected, documents = tokenised.filter(is_rejected), tokenised.filter(pc.invert(is_rejected))
     counts = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
+    stage = Folder.at(stage_dir)
     if rejected.num_rows:
-        _write_rejected(rejected, stage_dir)
+        facts = rejected.select(["key", "content_hash", "reason", "detail"])
+        (stage / "rejected").write_table("part-00000.parquet", facts)
     if not documents.num_rows:
         raise TrainError(
             "no row is left to train on: no supervised token in any", got=counts or "no rows at all",
             allowed="at least one row with an answer within max_length", knob="data",
         )
-    folder = posixpath.join(stage_dir, "order")
+    folder = stage / "order"
     capacity = (job.pack_length or job.max_length) if job.packing else None
-    fs, root = fsspec.core.url_to_fs(folder)
-    fs.makedirs(root, exist_ok=True)
-    with fs.open(posixpath.join(root, "rows.json"), "w") as stream:
-        json.dump({"accepted": documents.num_rows, "rejected": counts}, stream)
+    folder.write_json("rows.json", {"accepted": documents.num_rows, "rejected": counts})
     plan = write_order(
-        documents.select(DOCUMENT_SCHEMA.names), folder, digest=preparation_digest(job, renderer), seed=job.seed,
+        documents.select(DOCUMENT_SCHEMA.names), folder.uri, digest=preparation_digest(job, renderer), seed=job.seed,
         batch=job.batch, capacity=capacity, epochs=job.epochs, steps=job.steps,
     )
-    return PreparedData(folder, plan, documents.num_rows, counts)
+    return PreparedData(folder.uri, plan, documents.num_rows, counts)
 
 
 def prepare_locally(job: TrainJob, records: Iterable[Record], stage_dir: str) -> PreparedData:
@@ -129,11 +125,3 @@ def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _write_rejected(rejected: pa.Table, stage_dir: str) -> None:
-    fs, root = fsspec.core.url_to_fs(posixpath.join(stage_dir, "rejected"))
-    fs.makedirs(root, exist_ok=True)
-    table = rejected.select(["key", "content_hash", "reason", "detail"])
-    with fs.open(posixpath.join(root, "part-00000.parquet"), "wb") as stream:
-        pq.write_table(table, stream)
