@@ -101,7 +101,8 @@ def _model(model: str) -> str:
     # Serving: bf16 weights. LoRA: bf16 base, optimizer of the small part. Full: fp32 master, gradient, two moments.
     needs = {"serve": 2 * parameters, "LoRA": 2.5 * parameters, "full": 16 * parameters}
     verdicts = [
-        f"{kind} {'fits' if need < 0.8 * free else 'does not fit'} ({need / GIB:.2f} GiB)" for kind, need in needs.items()
+        f"{kind} {'fits' if need < 0.8 * free else 'does not fit'} ({need / GIB:.2f} GiB)"
+        for kind, need in needs.items()
     ]
     return f"{model}: {parameters:,} parameters; weights and optimizer alone: {', '.join(verdicts)}"
 

@@ -1,4 +1,4 @@
-"""Progress of long steps: bars with rows/s, tokens/s and time left on a terminal, plain lines now and then elsewhere."""
+"""Progress of long steps: bars with rows/s, tokens/s and time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time

@@ -1,0 +1,186 @@
+"""The same job on a free-standing cluster: `ray job submit`, `itune submit`, resubmission, and a stop that leaves nothing.
+
+The cluster has its own ports and folder, and is stopped by its own pid.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head on ports of its own; yields the address of its job server."""
+    folder = tempfile.mkdtemp(prefix="ir", dir="/tmp")
+    dashboard = free_port()
+    command = [
+        RAY, "start", "--head", "--block", "--num-cpus=8", f"--port={free_port()}", f"--temp-dir={folder}",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    head = subprocess.Popen(
+        [str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    yield address
+    children = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    head.wait(60)
+    for child in psutil.wait_procs(children, timeout=20)[1]:
+        child.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ready(cluster, tmp_path_factory):
+    """The cluster once it answers, and an output root."""
+    import time
+
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(f"{cluster}/api/version", timeout=2):
+                break
+        except OSError:
+            assert time.monotonic() < deadline, "the cluster did not come up"
+            time.sleep(0.25)
+    return cluster, tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """What travels: the package and a small pipeline, as in a clone."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "itune_ray", folder / "itune_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    served = {"model": {"path": "playground://base"}, "engine": {"type": "vllm", "max_adapters": 1}}
+    job = {
+        "name": "submitted",
+        "steps": {
+            "distill": {
+                "job": "generate",
+                "prompts": [{"type": "playground", "split": "prompts", "rows": 64}],
+                "teacher": {"model": {"path": "playground://teacher"}},
+                "sampling": {"max_tokens": 32},
+            },
+            "sft": {
+                "job": "train",
+                "model": {"path": "playground://base", "attention": "eager", "peft": {"type": "lora", "rank": 4}},
+                "data": [{"source": {"type": "file", "path": "step://distill/accepted"}}],
+                "steps": 3,
+                "batch": 8,
+                "max_length": 128,
+                "workers": {"num": 2},
+            },
+            "score": {
+                "job": "evaluate",
+                "models": [{"name": "sft", **served, "model": {**served["model"], "adapter": "step://sft/adapter"}}],
+                "benchmarks": [{"type": "playground", "rows": 16}],
+                "sampling": {"temperature": 0, "max_tokens": 32},
+            },
+        },
+    }
+    (folder / "loop.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    long = {
+        "name": "long",
+        "prompts": [{"type": "playground", "split": "prompts", "rows": 20_000}],
+        "teacher": {"model": {"path": "playground://teacher"}},
+        "recipe": {"type": "respond", "samples": 8},
+    }
+    (folder / "long.yaml").write_text(yaml.safe_dump(long))
+    return folder
+
+
+def shell(command: list[str], cwd: Path, timeout: float = 240) -> tuple[int, str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    return done.returncode, done.stdout
+
+
+def test_ray_job_submit_and_itune_submit_do_the_same(ready, project):
+    address, output = ready
+    entry = ["python", "-m", "itune_ray", "pipeline", "loop.yaml", f"output={output}"]
+    status, seen = shell(["ray", "job", "submit", f"--address={address}", "--working-dir", ".", "--", *entry], project)
+    assert status == 0, seen
+    assert "succeeded" in seen
+    summary = json.loads((output / "submitted" / "summary.json").read_text())
+    assert {facts["status"] for facts in summary["stages"].values()} == {"run"}
+
+    command = [sys.executable, "-m", "itune_ray", "submit", "pipeline", "loop.yaml", f"output={output}"]
+    status, seen = shell([*command, "--address", address], project)
+    assert status == 0, seen
+    assert "SUCCEEDED" in seen
+    again = json.loads((output / "submitted" / "summary.json").read_text())
+    assert {facts["status"] for facts in again["stages"].values()} == {"skipped"}, "a resubmission resumes"
+    assert again["scores"] == summary["scores"]
+
+
+def test_a_job_without_a_lasting_output_root_is_refused(ready, project):
+    address, _ = ready
+    status, seen = shell([sys.executable, "-m", "itune_ray", "submit", "pipeline", "loop.yaml"], project)
+    assert status == 2
+    assert "output root that outlives it" in seen
+    entry = ["python", "-m", "itune_ray", "pipeline", "loop.yaml"]
+    status, seen = shell(["ray", "job", "submit", f"--address={address}", "--working-dir", ".", "--", *entry], project)
+    assert status != 0
+    assert "output root that outlives it" in seen
+
+
+def test_no_job_server_at_the_address_is_one_line(project):
+    command = [sys.executable, "-m", "itune_ray", "submit", "pipeline", "loop.yaml", "output=/tmp/x"]
+    status, seen = shell([*command, "--address", f"http://127.0.0.1:{free_port()}"], project)
+    assert status == 2
+    assert "no job server answers" in seen
+    assert len(seen.strip().splitlines()) == 1
+
+
+def engines() -> list[int]:
+    """Processes of engine replicas on this machine."""
+    found = []
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+        if title.startswith("ray::EngineReplica"):
+            found.append(process.info["pid"])
+    return found
+
+
+def test_a_stopped_job_leaves_no_engine_behind(ready, project, wait_until):
+    from ray.job_submission import JobSubmissionClient
+
+    address, output = ready
+    before = set(engines())
+    command = [sys.executable, "-m", "itune_ray", "submit", "generate", "long.yaml", f"output={output}", "--no-wait"]
+    status, seen = shell([*command, "--address", address], project)
+    assert status == 0, seen
+    submission = seen.split()[1]
+    ledger = output / "long"
+    wait_until(lambda: any(ledger.glob("generate-*/ledger/commit-*.parquet")), "generation is under way", every=0.2)
+    assert set(engines()) - before, "an engine runs while the job does"
+    JobSubmissionClient(address).stop_job(submission)
+    wait_until(lambda: not set(engines()) - before, "the engines are gone", timeout=60, every=0.2)
