@@ -13,5 +13,9 @@ class ReportJob(Job):
     inputs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Artifact folders or URIs, in the order of the pipeline; in a pipeline `step://NAME`."""
     title: str | None = None
+    before: str | None = None
+    """Name of the model to compare from; default: the first one scored."""
+    after: str | None = None
+    """Name of the model to compare with it; default: the last one scored."""
     samples: Positive = 12
     """Prompts shown side by side, before and after."""

@@ -1,0 +1,191 @@
+"""[Ray] The evaluate stage: every model answers every item of every benchmark once, whatever interrupts it."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from itune_ray.benchmarks import benchmarks
+from itune_ray.benchmarks.base import Benchmark, Item
+from itune_ray.cluster import connect, require
+from itune_ray.config.evaluate import EvaluatedModel, EvaluateJob
+from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
+from itune_ray.engine.pool import EngineHost
+from itune_ray.errors import EvalError
+from itune_ray.evaluate.actor import SHARD, AskerArguments, stream_answers
+from itune_ray.evaluate.answers import answers_table, is_settled, outcome_of
+from itune_ray.evaluate.ask import Asked, Question
+from itune_ray.evaluate.score import score_benchmark
+from itune_ray.observe.progress import Progress
+
+
+def run(job: EvaluateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
+    """Score every model on every benchmark.
+
+    Writes answers.parquet (`ANSWERS_SCHEMA`) and scores.json: model -> benchmark -> value, interval, n, failed,
+    categories, groups, settings. Answered items never reach an engine again; items that no model answer exists for
+    are counted, stored with their cause, and enter the score as the benchmark says.
+
+    Raises:
+        EvalError: A model answered no item of a benchmark, so there is nothing to score.
+    """
+    measures = benchmarks(job.benchmarks)
+    versions = {measure.name: measure.version for measure in measures}
+    artifact = runs.artifact(stage, "evaluate", job, {"benchmarks": versions})
+    if artifact.complete:
+        return artifact
+    items = {measure.name: list(measure.items()) for measure in measures}
+    _check_items(items)
+    questions = _questions(job.models, items)
+    ledger = Ledger(artifact.folder / "ledger")
+    _answer_all(job, questions, measures, ledger, engines, progress)
+    _publish(job, artifact, measures, items, ledger)
+    return artifact
+
+
+def _check_items(items: Mapping[str, Sequence[Item]]) -> None:
+    for name, made in items.items():
+        if not made:
+            raise EvalError(f"benchmark {name} has no item", knob="benchmarks.N.source")
+        twice = [key for key, count in Counter(item.key for item in made).items() if count > 1]
+        if twice:
+            raise EvalError(f"benchmark {name} has two items of one key", got=twice[0])
+
+
+def _questions(models: Iterable[EvaluatedModel], items: Mapping[str, Sequence[Item]]) -> list[Question]:
+    """Every item put to every model, model by model."""
+    return [
+        Question(model=model.name, benchmark=name, position=position, item=item)
+        for model in models
+        for name, made in items.items()
+        for position, item in enumerate(made)
+    ]
+
+
+def _answer_all(
+    job: EvaluateJob,
+    questions: Sequence[Question],
+    measures: Sequence[Benchmark],
+    ledger: Ledger,
+    engines: EngineHost,
+    progress: Progress,
+) -> None:
+    """Ask what is not settled, pass by pass, until nothing is left that another attempt may mend."""
+    while todo := _unsettled(questions, ledger):
+        connect(job.run.ray, progress.say)
+        require({"CPU": job.workers.cpus_each}, "an eval actor", "workers.cpus_each")
+        arguments = AskerArguments(
+            models=_clients(job, todo, engines),
+            benchmarks={measure.name: measure for measure in measures},
+            sampling=job.sampling,
+            seed=job.seed,
+        )
+        _answer_once(job, questions, todo, arguments, ledger, progress)
+
+
+def _unsettled(questions: Sequence[Question], ledger: Ledger) -> list[Question]:
+    rows = ledger.table().select(["input_key", "status", "attempts", "meta"]).to_pylist()
+    settled = {row["input_key"] for row in rows if is_settled(row)}
+    return [question for question in questions if question.key not in settled]
+
+
+def _clients(job: EvaluateJob, todo: Sequence[Question], engines: EngineHost) -> dict[str, Asked]:
+    """Clients of the models that still have something to answer, their pools all asked for before any is awaited."""
+    wanted = {question.model for question in todo}
+    pools = {model.name: engines.pool(model) for model in job.models if model.name in wanted}
+    refs = {model.name: model.model for model in job.models}
+    return {name: Asked(pool.client(), refs[name]) for name, pool in pools.items()}
+
+
+def _answer_once(
+    job: EvaluateJob,
+    questions: Sequence[Question],
+    todo: Sequence[Question],
+    arguments: AskerArguments,
+    ledger: Ledger,
+    progress: Progress,
+) -> None:
+    attempts = ledger.attempts()
+    done, tokens, failed = len(questions) - len(todo), 0, 0
+    with (
+        Committer(ledger, job.commit.rows, job.commit.seconds) as committer,
+        progress.task("evaluate", len(questions), "items") as task,
+    ):
+        task.update(done)
+        for answers in stream_answers(_shards(todo), arguments, job.workers):
+            committer.add(outcome_of(a, attempts.get(a.question.key, 0) + 1) for a in answers)
+            done += len(answers)
+            tokens += sum(a.num_prompt_tokens + a.num_tokens for a in answers)
+            failed += sum(a.grade is None for a in answers)
+            task.update(done, tokens, **({"failed": failed} if failed else {}))
+
+
+def _shards(todo: Sequence[Question]) -> list[list[Question]]:
+    """Shards of one model each, the models taking turns, so that every engine is busy from the start."""
+    per_model: dict[str, list[Question]] = defaultdict(list)
+    for question in todo:
+        per_model[question.model].append(question)
+    queues = [[part[i : i + SHARD] for i in range(0, len(part), SHARD)] for part in per_model.values()]
+    return [shard for turn in itertools.zip_longest(*queues) for shard in turn if shard]
+
+
+def _publish(
+    job: EvaluateJob,
+    artifact: Artifact,
+    measures: Sequence[Benchmark],
+    items: Mapping[str, Sequence[Item]],
+    ledger: Ledger,
+) -> None:
+    table = answers_table(ledger.table())
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in table.to_pylist():
+        rows[row["model"], row["benchmark"]].append(row)
+    scores: dict[str, dict[str, Any]] = {}
+    for model in job.models:
+        scores[model.name] = {}
+        for measure in measures:
+            answered = rows[model.name, measure.name]
+            _check_answered(model.name, measure.name, answered)
+            scores[model.name] |= score_benchmark(measure, items[measure.name], answered, job.bootstrap, job.seed)
+    artifact.folder.write_table("answers.parquet", table)
+    artifact.folder.write_json("scores.json", scores)
+    funnel = _funnel(job, measures, ledger)
+    artifact.finish(
+        scores=_brief(scores), rows=table.num_rows, tokens=_tokens(table.to_pylist()), funnel=funnel.to_json()
+    )
+
+
+def _check_answered(model: str, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    causes = Counter(row["failure"] for row in rows)
+    if None not in causes:
+        cause, count = causes.most_common(1)[0]
+        raise EvalError(
+            f"model {model} answered none of the {len(rows)} items of {benchmark}: {cause} ({count} times)",
+            knob="models.N.engine, sampling.max_tokens",
+        )
+
+
+def _funnel(job: EvaluateJob, measures: Sequence[Benchmark], ledger: Ledger) -> Funnel:
+    """The ledger's counts, and the benchmark rows that could not become items, once per model."""
+    counted = funnel_of(ledger.table())
+    rejected = Counter(counted.rejected)
+    for measure in measures:
+        for reason, count in measure.rejected.items():
+            rejected[reason] += count * len(job.models)
+    rows_in = counted.rows_in + sum(rejected.values()) - sum(counted.rejected.values())
+    return Funnel(rows_in, counted.accepted, dict(sorted(rejected.items())), counted.failed)
+
+
+def _brief(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    kept = ("value", "low", "high", "n", "failed")
+    return {m: {b: {k: s[k] for k in kept} for b, s in per.items()} for m, per in scores.items()}
+
+
+def _tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    prompt, generated = 0, 0
+    for row in rows:
+        prompt, generated = prompt + row["prompt_tokens"], generated + row["tokens"]
+    return {"prompt": prompt, "generated": generated}
+
+
