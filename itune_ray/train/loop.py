@@ -6,7 +6,6 @@ in the checkpoint, so that stopping anywhere and starting again, on any number o
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 from itune_ray.model.export import export_trained
 from itune_ray.model.load import pad_id
-from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
 from itune_ray.train.optimizer import Optimizers, build_optimizers
+from itune_ray.train.outcome import TrainOutcome
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.schedule import lr_factor
 from itune_ray.train.step import Stepper, StepResult
@@ -35,23 +34,6 @@ from itune_ray.train.world import World, current_world, start_from_environment
 Row = dict[str, Any]
 OnProgress = Callable[[int, int, Row], None]
 """(steps done, total steps, the step's row of metrics.jsonl); called on rank 0 only."""
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What a finished training left behind."""
-
-    model_path: str
-    """Hugging Face folder, the adapter merged in."""
-    adapter_path: str | None
-    """PEFT folder; None after full training."""
-    steps: int
-    metrics: Row
-    """The last row of metrics.jsonl."""
-    parameters: ParameterReport
-    accepted: int
-    rejected: dict[str, int]
-    checkpoint_path: str
 
 
 def train_local(

@@ -3,46 +3,48 @@
 Tokenising and packing finish before the trainer starts, so that a slow read never sits inside a process group. Workers
 share nothing with the driver but the stage directory and a small actor that carries progress one way and an error
 message back: whatever kills a worker or the driver, the stage directory says how far the run is.
+
+Torch and transformers are imported inside functions: Ray Train's controller and the progress actor unpickle what is
+defined here, and would otherwise spend ten seconds on imports that only workers need.
 """
 
 import contextlib
-import dataclasses
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-import ray.data
-import ray.train
-import ray.train.torch
-import torch
-import torch.distributed as dist
 
 from itune_ray.config.train import TrainJob
-from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ITuneError, TrainError
-from itune_ray.model.peft import MatrixCost, ParameterReport
-from itune_ray.train.loop import OnProgress, Row, TrainOutcome, train_rank
-from itune_ray.train.prepare import (
-    TOKENISED_SCHEMA,
-    PreparedData,
-    finished_preparation,
-    renderer_for,
-    tokenise,
-    write_prepared,
-)
 
-OUTCOME = "outcome.json"
+if TYPE_CHECKING:
+    import ray.data
+    import ray.train
+
+    from itune_ray.train.outcome import TrainOutcome
+    from itune_ray.train.prepare import PreparedData
+
+IN_PROCESS_ROWS = 10_000
+"""Up to so many rows are tokenised by the driver: a cluster task spends ten seconds on importing a tokenizer."""
 ROWS_PER_BLOCK = 2048
 POLL_S = 0.5
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, longer than a small run's last steps
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 s by default, too short for a busy machine's imports
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job file mean the job's working directory
+}
+OnProgress = Callable[[int, int, dict[str, Any]], None]
+"""See `itune_ray.train.loop.OnProgress`."""
 
 
-def prepare(job: TrainJob, records: Iterable[Record] | ray.data.Dataset, stage_dir: str) -> PreparedData:
-    """Tokenise on the cluster and write the training order of a stage; finished work is found again.
+def prepare(job: TrainJob, records: "Iterable[Record] | ray.data.Dataset", stage_dir: str) -> "PreparedData":
+    """Tokenise, on the cluster where it is worth it, and write the order of a stage; finished work is found again.
 
     Args:
         records: Rows, or a dataset with the columns of `RECORD_SCHEMA`.
@@ -51,33 +53,39 @@ def prepare(job: TrainJob, records: Iterable[Record] | ray.data.Dataset, stage_d
     Raises:
         TrainError: No row is left to train on.
     """
+    import ray.data
+
+    from itune_ray.train.prepare import finished_preparation, prepare_locally, renderer_for, write_prepared
+
     renderer = renderer_for(job.model.model_dump_json())
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done
-    rows = records if isinstance(records, ray.data.Dataset) else _dataset(records)
-    return write_prepared(_tokenise_on_cluster(rows, job), job, renderer, stage_dir)
+    if not isinstance(records, ray.data.Dataset):
+        rows = iter(records)
+        head = list(itertools.islice(rows, IN_PROCESS_ROWS + 1))
+        if len(head) <= IN_PROCESS_ROWS:
+            return prepare_locally(job, head, stage_dir)
+        records = _dataset(itertools.chain(head, rows))
+    return write_prepared(tokenise_on_cluster(records, job), job, renderer, stage_dir)
 
 
-def _dataset(records: Iterable[Record]) -> ray.data.Dataset:
-    blocks = [records_table(chunk) for chunk in _chunks(records, ROWS_PER_BLOCK)]
-    return ray.data.from_arrow(blocks or [records_table([])])
+def _dataset(records: Iterable[Record]) -> "ray.data.Dataset":
+    import ray.data
+
+    rows = iter(records)
+    blocks = iter(lambda: list(itertools.islice(rows, ROWS_PER_BLOCK)), [])
+    return ray.data.from_arrow([records_table(block) for block in blocks])
 
 
-def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    chunk: list[Record] = []
-    for record in records:
-        chunk.append(record)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
+    """`TOKENISED_SCHEMA` of a dataset with the columns of `RECORD_SCHEMA`, in no particular order."""
+    from itune_ray.train.prepare import TOKENISED_SCHEMA
 
-
-def _tokenise_on_cluster(rows: ray.data.Dataset, job: TrainJob) -> pa.Table:
     def tokenise_block(table: pa.Table) -> pa.Table:
-        renderer: ChatRenderer = renderer_for(job.model.model_dump_json())
+        from itune_ray.train.prepare import renderer_for, tokenise
+
+        renderer = renderer_for(job.model.model_dump_json())
         return tokenise((Record.from_row(row) for row in table.to_pylist()), job, renderer)
 
     tokenised = rows.map_batches(tokenise_block, batch_format="pyarrow", batch_size=ROWS_PER_BLOCK)
@@ -86,17 +94,24 @@ def _tokenise_on_cluster(rows: ray.data.Dataset, job: TrainJob) -> pa.Table:
 
 
 def fit(
-    job: TrainJob, prepared: PreparedData, stage_dir: str, on_progress: OnProgress | None = None
-) -> TrainOutcome:
+    job: TrainJob, prepared: "PreparedData", stage_dir: str, on_progress: OnProgress | None = None
+) -> "TrainOutcome":
     """Train under Ray Train to the end, through worker failures, and export; continues where an earlier call stopped.
 
     Raises:
         ITuneError: What a worker raised on purpose, unchanged.
         TrainError: The workers failed more often than `workers.max_failures` allows.
     """
+    import ray.train
+    import ray.train.torch
+
+    from itune_ray.train.outcome import read_outcome
+
+    for name, value in _RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
     stage = Folder.at(stage_dir)
-    if stage.exists(OUTCOME):
-        return read_outcome(stage_dir)
+    if (finished := read_outcome(stage_dir)) is not None:
+        return finished
     board: Any = ray.remote(_Board).options(num_cpus=0).remote()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -110,8 +125,6 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=job.workers.max_failures),
         ),
     )
-    # Workers are polled every 2 s by default, which is longer than a small run's last steps.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         with _relayed(board, on_progress):
             _fit(trainer)
@@ -121,10 +134,15 @@ def fit(
     finally:
         ray.kill(board)
     (stage / "ray-train").delete()
-    return read_outcome(stage_dir)
+    outcome = read_outcome(stage_dir)
+    if outcome is None:
+        raise TrainError("the workers ended without an outcome", got=stage_dir)
+    return outcome
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer) -> None:
+def _fit(trainer: Any) -> None:
+    import ray.train
+
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as failed:
@@ -135,7 +153,9 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> None:
         ) from failed
 
 
-def _scaling(job: TrainJob) -> ray.train.ScalingConfig:
+def _scaling(job: TrainJob) -> "ray.train.ScalingConfig":
+    import ray.train
+
     each = {"CPU": job.workers.cpus_each, **job.workers.resources_each}
     if job.workers.gpus_each:
         each["GPU"] = job.workers.gpus_each
@@ -148,13 +168,13 @@ class _Board:
     """The one thing workers tell the driver directly: progress rows, and an error that no retry mends."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, Row]] = []
+        self._rows: list[tuple[int, int, dict[str, Any]]] = []
         self._failure: ITuneError | None = None
 
-    def put(self, step: int, total: int, row: Row) -> None:
+    def put(self, step: int, total: int, row: dict[str, Any]) -> None:
         self._rows.append((step, total, row))
 
-    def drain(self) -> list[tuple[int, int, Row]]:
+    def drain(self) -> list[tuple[int, int, dict[str, Any]]]:
         rows, self._rows = self._rows, []
         return rows
 
@@ -190,6 +210,13 @@ def _relayed(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
 def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker. An error that is the user's to mend goes to the board and ends the run without retries;
     leaving the process group wakes the ranks that wait for this one."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    from itune_ray.train.loop import train_rank
+    from itune_ray.train.outcome import write_outcome
+
     job = TrainJob.model_validate_json(config["job"])
     board = config["board"]
     if ray.get(board.failure.remote()) is not None:
@@ -206,12 +233,4 @@ def _worker(config: dict[str, Any]) -> None:
         dist.destroy_process_group()
         return
     if ray.train.get_context().get_world_rank() == 0:
-        Folder.at(config["stage_dir"]).write_json(OUTCOME, dataclasses.asdict(outcome))
-
-
-def read_outcome(stage_dir: str) -> TrainOutcome:
-    """What a finished training wrote down."""
-    tree = Folder.at(stage_dir).read_json(OUTCOME)
-    report = tree["parameters"]
-    matrices = tuple(MatrixCost(**matrix) for matrix in report["matrices"])
-    return TrainOutcome(**{**tree, "parameters": ParameterReport(report["total"], report["trainable"], matrices)})
+        write_outcome(outcome, config["stage_dir"])

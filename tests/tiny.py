@@ -1,0 +1,108 @@
+"""Tiny real models, tokenizers, rows and jobs that the tests of data, model and train share."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from itune_ray.config.train import TrainJob
+from itune_ray.data.records import Record
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "apple river stone cloud maple tiger lemon piano rocket garden violet copper".split()
+
+
+def tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<s>", "<|im_end|>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" ".join(WORDS), "user\nassistant\nsystem\n", "hello there\n\n"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", bos_token="<s>", eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = template
+    return fast
+
+
+def llama(folder: Path, **overrides: Any) -> Path:
+    """A random two-layer Llama with grouped queries, and its tokenizer, as a Hugging Face folder."""
+    words = tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(words), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**settings, **overrides}))
+    for parameter in model.parameters():  # larger than the usual init, so that differences show
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def chats(count: int, longest: int = 24, seed: int = 0) -> list[Record]:
+    """Chats whose answers have very unequal lengths: 1 to `longest` words."""
+    rng = random.Random(seed)
+    rows: list[Record] = []
+    for position in range(count):
+        answer = rng.choices(WORDS, k=1 if position % 3 else rng.randint(longest // 2, longest))
+        question = " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
+        rows.append(chat(question, " ".join(answer), position=position))
+    return rows
+
+
+def chat(question: str, answer: str, position: int = 0, **fields: Any) -> Record:
+    """One question, one answer."""
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Record(source="tiny", position=position, messages=messages, **fields)
+
+
+def job(model: Path | str, **overrides: Any) -> TrainJob:
+    """A small fp32 training job on a model folder; dotted keys are nested, e.g. {"model.peft": {...}}."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"path": str(model), "attention": "eager"},
+        "data": [{"source": {"type": "playground", "split": "chat", "rows": 1}}],
+        "optimizer": {"type": "adamw", "lr": 1e-3},
+        "schedule": {"type": "constant", "warmup": 0.0},
+        "strategy": {"type": "ddp"},
+        "precision": "fp32",
+        "steps": 3,
+        "batch": 16,
+        "max_length": 128,
+        "packing": False,
+        "micro_batch": 16,
+    }
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return TrainJob.model_validate(tree)
