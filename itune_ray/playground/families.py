@@ -499,5 +499,7 @@ BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 def instruction(family: Family, args: Args, rng: random.Random, held: bool) -> str:
     """One instruction: a phrase (seen or held out) in a frame, with its slots filled."""
     phrases = family.held if held and family.held else family.seen
-    frames = HELD_FRAMES.get(family.style, FRAMES[family.style]) if held else FRAMES[family.style]
+    frames = FRAMES[family.style]
+    if held and family.style in HELD_FRAMES:
+        frames = HELD_FRAMES[family.style]
     return rng.choice(frames).format(op=rng.choice(phrases).format(**args))
