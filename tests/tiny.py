@@ -1,9 +1,11 @@
 """Tiny real models, tokenizers, rows and jobs that the tests of data, model and train share."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -25,7 +27,7 @@ REWRITING = (
     "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "apple river stone cloud maple tiger lemon piano rocket garden violet copper".split()
+WORDS = ["apple", "river", "stone", "cloud", "maple", "tiger", "lemon", "piano", "rocket", "garden", "violet", "copper"]
 
 
 def tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -64,6 +66,14 @@ def llama(folder: Path, **overrides: Any) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def public_model(name: str) -> Path:
+    """A model folder of the test data; skips the test where it is absent."""
+    root = Path(os.environ.get("ITUNE_TEST_DATA", Path(__file__).parents[2] / "shared"))
+    if not (root / "models" / name).is_dir():
+        pytest.skip(f"needs models/{name} below ITUNE_TEST_DATA")
+    return root / "models" / name
 
 
 def chats(count: int, longest: int = 24, seed: int = 0) -> list[Record]:

@@ -1,0 +1,123 @@
+"""The loss and its gradient do not depend on how the work is divided."""
+
+import itertools
+import time
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from itune_ray.data.chat import ChatRenderer
+from itune_ray.data.order import Order
+from itune_ray.train.loop import train_local, train_rank
+from itune_ray.train.metrics import read_metrics
+from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.step import Stepper
+
+pytestmark = pytest.mark.real
+BATCH = 16
+CASES = [
+    (strategy, world, accumulation, packing)
+    for strategy, world, accumulation in itertools.product(("ddp", "fsdp2"), (1, 2), (1, 4))
+    for packing in (False, True)
+]
+
+
+def job_of(folder, strategy, world, accumulation, packing, **overrides):
+    rows = 8 if packing else BATCH  # packing roughly halves the rows of these documents
+    return tiny.job(
+        folder, steps=2, batch=BATCH, packing=packing, pack_length=160,
+        micro_batch=max(1, rows // (world * accumulation)), **{"strategy": {"type": strategy}, **overrides},
+    )
+
+
+def train_cases(cases):
+    """On this rank: (loss, grad norm) of every step of every prepared case."""
+    figures = []
+    for job, stage in cases:
+        train_rank(job, prepare_locally(job, [], stage), stage)
+        figures.append([(row["loss"], row["grad_norm"]) for row in read_metrics(stage)])
+    return figures
+
+
+@pytest.fixture(scope="module")
+def figures(folder, tmp_path_factory):
+    """Case -> (loss, grad norm) per step; documents are very unequal."""
+    prepared = {}
+    for case in CASES:
+        stage = str(tmp_path_factory.mktemp("stage"))
+        job = job_of(folder, *case)
+        prepare_locally(job, tiny.chats(2 * BATCH), stage)
+        prepared[case] = (job, stage)
+    result = {}
+    for world in (1, 2):
+        chosen = [case for case in CASES if case[1] == world]
+        run = train_cases if world == 1 else lambda cases: run_ranks(2, train_cases, cases)[0]
+        result |= dict(zip(chosen, run([prepared[c] for c in chosen]), strict=True))
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradient_norm_are_the_same_however_the_work_is_divided(figures, case):
+    torch.testing.assert_close(figures[case], figures["ddp", 1, 1, False], rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_the_closed_form(figures, folder):
+    """-(1/N) Σ log p over all supervised tokens of the batch, and the norm of its gradient, from plain transformers."""
+    job = job_of(folder, "ddp", 1, 1, False)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    renderer = ChatRenderer(tiny.tokenizer())
+    records = tiny.chats(2 * BATCH)
+    _, first = next(Order([r.key for r in records], [1.0] * len(records), job.seed, BATCH).steps(None, 2))
+    total, count = torch.zeros(()), 0
+    for index in first:
+        ids, supervised = renderer.training_ids(records[index].messages)
+        labels = torch.tensor([i if on else -100 for i, on in zip(ids, supervised, strict=True)])
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        total = total + cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+        count += int((labels[1:] != -100).sum())
+    mean = total / count
+    mean.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    loss, grad_norm = figures["ddp", 1, 1, False][0]
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    assert grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_a_mean_of_means_is_caught(figures, folder, tmp_path, monkeypatch):
+    """Replace the global normaliser by each micro-batch's own: the figures above must not agree any more."""
+
+    def mean_of_means(self, loss, units):
+        own = {term: max(1.0, float(count)) for term, count in self.objective.units(self.last).items()}
+        return sum(c * loss.terms[term] / own[term] for term, c in self.objective.coefficients.items()) / 4
+
+    forward = Stepper._forward
+
+    def remember(self, batch):
+        object.__setattr__(self, "last", batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Stepper, "_scaled", mean_of_means)
+    monkeypatch.setattr(Stepper, "_forward", remember)
+    job = job_of(folder, "ddp", 1, 4, False)
+    train_local(job, tiny.chats(2 * BATCH), str(tmp_path))
+    wrong = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path))]
+    assert wrong[0][0] == pytest.approx(figures["ddp", 1, 1, False][0][0], rel=1e-5)  # before any update
+    assert wrong[0][1] != pytest.approx(figures["ddp", 1, 1, False][0][1], rel=1e-2)
+    assert wrong[1][0] != pytest.approx(figures["ddp", 1, 1, False][1][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path, strategy):
+    records = tiny.chats(1)
+    alone = tiny.job(folder, steps=2, batch=1, strategy={"type": strategy})
+    train_local(alone, records, str(tmp_path / "one"))
+    prepare_locally(alone, records, str(tmp_path / "two"))
+    started = time.monotonic()
+    (two, _) = run_ranks(2, train_cases, [(alone, str(tmp_path / "two"))], timeout=60)
+    assert time.monotonic() - started < 60
+    one = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path / "one"))]
+    torch.testing.assert_close(two[0], one, rtol=1e-5, atol=0)
