@@ -4,6 +4,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from itune_ray.engine.base import EngineDiedError
+from itune_ray.engine.orphans import kill_children_when_i_die
 from itune_ray.engine.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class AsyncBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(args)
+        kill_children_when_i_die()
         self._numbers = itertools.count()
 
     @property

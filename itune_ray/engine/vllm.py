@@ -60,6 +60,7 @@ class VllmEngine:
         encoder = load_tokenizer(tokenizer, model)
         self._backend = _load(config, model, folder.path, tokenizer)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
+        self._loaded: dict[int, LoRARequest] = {}
         self._adapters = AdapterSlots(config.max_adapters, self._load_adapter, self._backend.remove_lora)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -104,11 +105,13 @@ class VllmEngine:
             yield None
             return
         async with self._adapters.hold(adapter) as number:
-            yield _lora_request(number, adapter)
+            yield self._loaded[number]
 
     async def _load_adapter(self, number: int, adapter: str) -> None:
+        folder = resolve(adapter, kind="adapter")
+        self._loaded[number] = _lora_request(number, f"{adapter}@{folder.fingerprint}", folder.path)
         try:
-            await self._backend.add_lora(_lora_request(number, adapter))
+            await self._backend.add_lora(self._loaded[number])
         except (EngineDiedError, ITuneError):
             raise
         except Exception as error:  # whatever an adapter's files can cause
@@ -221,10 +224,10 @@ def _tokens(ids: list[int]) -> Any:
     return tokens_input(ids)
 
 
-def _lora_request(number: int, adapter: str) -> "LoRARequest":
+def _lora_request(number: int, name: str, folder: str) -> "LoRARequest":
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=resolve(adapter, kind="adapter").path)
+    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=folder)
 
 
 def _check_head_dim(folder: str, got: str) -> None:

@@ -1,0 +1,109 @@
+"""A model as a judge: one score for one answer (AlpaGasus, methods D30), and a parser that guesses none."""
+
+import math
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from itune_ray.engine.base import Llm
+from itune_ray.errors import ConfigError
+
+SYSTEM = "You rate how well assistants answer instructions. You are strict, and you judge only what is written."
+
+_MARKS = r"[\s*_`#(\[]*"
+_SCORE = re.compile(
+    rf"^{_MARKS}(?:(?:final\s+)?(?:score|rating){_MARKS}[:=]?{_MARKS})?"
+    r"(?P<score>-?\d+(?:[.,]\d+)?)"
+    r"(?:\s*(?:/|out\s+of)\s*(?P<of>\d+(?:[.,]\d+)?))?"
+    r"[\s*_`.)\]]*$",
+    re.IGNORECASE,
+)
+
+
+def parse_score(text: str, low: float, high: float) -> float | None:
+    """The score on the first line that says anything: `4.5`, `Score: 4.5`, `**4.5**`, `4.5/5`.
+
+    A sentence that merely holds a number is no score, nor is a number outside [low, high] or one out of another
+    maximum: those are None, never a default.
+    """
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    match = _SCORE.match(line)
+    if match is None:
+        return None
+    score = _number(match["score"])
+    if match["of"] is not None and _number(match["of"]) != high:
+        return None
+    return score if low <= score <= high else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a judge said of one answer."""
+
+    score: float
+    """NaN where the reply held no score or there was no reply."""
+    reply: str | None = None
+    """The judge's words; None when the engine gave none."""
+    error: str | None = None
+    retryable: bool = False
+    """Whether asking again may help."""
+    num_tokens: int = 0
+    """Tokens that the judge generated."""
+
+
+class Judge:
+    """Rates answers on one dimension; picklable.
+
+    Args:
+        dimension: What is rated, e.g. accuracy.
+        scale: Lowest and highest score.
+        template: A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}; default: the
+            built-in one.
+    """
+
+    version = 1
+
+    def __init__(self, dimension: str = "accuracy", scale: tuple[float, float] = (0, 5), template: str | None = None):
+        self._dimension, (self._low, self._high) = dimension, scale
+        self.template = _read(template)
+
+    async def score(self, llm: Llm, prompt: str, response: str, key: str) -> Judgement:
+        """Ask the model once.
+
+        Args:
+            llm: The judge.
+            prompt: The instruction, as text.
+            response: The answer to rate.
+            key: Names the call; decides its seed.
+        """
+        completion = await llm.generate(self.messages(prompt, response), key=key)
+        if completion.error is not None:
+            return Judgement(score=math.nan, error=completion.error, retryable=completion.retryable)
+        sample = completion.samples[0]
+        score = parse_score(sample.text, self._low, self._high)
+        return Judgement(
+            score=math.nan if score is None else score, reply=sample.text, num_tokens=len(sample.token_ids)
+        )
+
+    def messages(self, prompt: str, response: str) -> tuple[dict[str, str], ...]:
+        """The chat that the judge is asked."""
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+        asked = environment.from_string(self.template).render(
+            prompt=prompt, response=response, dimension=self._dimension, low=f"{self._low:g}", high=f"{self._high:g}"
+        )
+        return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": asked})
+
+
+def _read(template: str | None) -> str:
+    if template is None:
+        return (resources.files("itune_ray.engine") / "judge.jinja").read_text(encoding="utf-8")
+    if not Path(template).is_file():
+        raise ConfigError("no such template file", got=template, allowed="a Jinja file", knob="judge.template")
+    return Path(template).read_text(encoding="utf-8")
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "."))

@@ -1,0 +1,97 @@
+"""One replica of a pool: an engine, what it was asked, and how it ends. `pool` makes it a Ray actor."""
+
+import asyncio
+import importlib
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from itune_ray.config.shared import EngineConfig, ModelRef
+from itune_ray.engine import ENGINES
+from itune_ray.engine.base import Completion, EngineDiedError, Request
+from itune_ray.errors import ITuneError
+
+LAST_WORDS_S = 1.0
+"""A dying replica lives on for this long, so that all its callers get the reason and not just a broken connection."""
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """What a replica says when it is ready."""
+
+    model: str
+    """`path@revision` of what it loaded."""
+    pid: int
+    load_s: float
+
+
+class Replica:
+    """Serves one engine.
+
+    A model that cannot be loaded does not fail the constructor, where Ray would bury the reason in a traceback, but
+    every call after it.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelRef, threads: int):
+        started = time.monotonic()
+        self._failure: ITuneError | None = None
+        self._requests = 0
+        self._running: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}
+        self._engine: Any = None
+        log = config.request_log
+        self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            module, _, name = ENGINES[config.type].partition(":")
+            self._engine = getattr(importlib.import_module(module), name)(config, model, threads)
+        except ITuneError as error:
+            self._failure = error
+        self._load_s = time.monotonic() - started
+
+    async def ready(self) -> ReplicaInfo:
+        """Answers once the engine is loaded; raises why it is not."""
+        return ReplicaInfo(self._serving().name, os.getpid(), self._load_s)
+
+    async def generate(self, request: Request) -> Completion:
+        """Complete one request; one that is running already is not run again, its answer is shared."""
+        engine, running = self._serving(), self._running.get(request.id)
+        if running is not None and running[0] == request:
+            return await asyncio.shield(running[1])
+        self._count(request)
+        task = asyncio.ensure_future(self._complete(engine, request))
+        self._running[request.id] = (request, task)
+        try:
+            return await task
+        finally:
+            if self._running.get(request.id, (None, None))[1] is task:
+                del self._running[request.id]
+
+    async def embed(self, texts: list[str]) -> list[list[float]]:
+        """One vector per text."""
+        return await self._serving().embed(texts)
+
+    async def requests(self) -> int:
+        """Requests that reached the engine since it was started."""
+        return self._requests
+
+    async def status(self) -> str:
+        """What the engine is doing."""
+        return str(self._failure) if self._engine is None else self._engine.status()
+
+    async def _complete(self, engine: Any, request: Request) -> Completion:
+        try:
+            return (await engine.generate([request]))[0]
+        except EngineDiedError as error:
+            self._failure = error
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+            raise
+
+    def _count(self, request: Request) -> None:
+        self._requests += 1
+        if self._log is not None:
+            os.write(self._log, f"{request.id}\n".encode())  # one write: whole lines, also of several replicas
+
+    def _serving(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        return self._engine

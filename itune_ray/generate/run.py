@@ -1,0 +1,184 @@
+"""[Ray] The generate stage: prompts stream through recipe workers into the engine pool, and each ends in the ledger.
+
+Ray Data moves the blocks; it does not decide what is done. Its retries may repeat or lose rows of a crashed worker, and
+`drive` settles both.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from itune_ray import cluster
+from itune_ray.config.generate import GenerateJob
+from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.ledger import Funnel, Ledger, Outcome
+from itune_ray.data.records import Record, records_table
+from itune_ray.data.sources import read_source
+from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.pool import EngineHost, Pool
+from itune_ray.errors import GenerationError, ITuneError
+from itune_ray.generate.drive import Tally, check_conserved, check_keys, drive, quarantine
+from itune_ray.generate.recipes import load_recipe
+from itune_ray.generate.recipes.base import Recipe
+from itune_ray.generate.worker import RecipeWorker, unpack
+from itune_ray.observe.progress import Progress
+
+if TYPE_CHECKING:
+    from ray.data import DataContext
+
+SEED_STAGE = "generate"
+"""Seeds name the kind of stage, not the step of a pipeline: equal artifacts have equal rows."""
+
+
+def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
+    """Generate rows from prompts; a finished artifact is returned without touching Ray or an engine.
+
+    Writes accepted/, rejected/ and failed/ (Parquet in `LEDGER_SCHEMA`).
+
+    Raises:
+        GenerationError: No row was made although there were prompts, or the engines are gone for good.
+    """
+    recipe = load_recipe(job.recipe)
+    artifact = runs.artifact(stage, "generate", job, recipe_identity(recipe))
+    if artifact.complete:
+        return artifact
+    records, quarantined = _read(job)
+    ledger = Ledger(artifact.folder / "ledger")
+    quarantine(ledger, quarantined, job.max_attempts)
+    feed = _Feed(job, recipe, engines, progress)
+    with progress.task(stage, len(records)) as task:
+        tally = drive(
+            records, ledger, feed.stream, commit=job.commit, max_attempts=job.max_attempts,
+            on_progress=lambda settled, so_far: task.update(
+                settled, so_far.prompt_tokens + so_far.generated_tokens
+            ),
+        )
+    check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
+    funnel = ledger.publish(artifact.folder)
+    _check_made_something(funnel)
+    _finish(artifact, funnel, ledger, tally, feed)
+    return artifact
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the rows, beside its config."""
+    prompts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sorted(recipe.prompts.items())}
+    return {"recipe": recipe.version, "prompts": prompts}
+
+
+def _read(job: GenerateJob) -> tuple[list[Record], list[Outcome]]:
+    tables = [read_source(source) for source in job.prompts]
+    records = [record for table in tables for record in table.records]
+    quarantined = [outcome for table in tables for outcome in table.quarantined]
+    check_keys([*records, *(outcome.record for outcome in quarantined)])
+    return records, quarantined
+
+
+class _Feed:
+    """Inputs into the pool, outcomes out of it; Ray and the engines start when the first input is fed."""
+
+    def __init__(self, job: GenerateJob, recipe: Recipe, engines: EngineHost, progress: Progress):
+        self._job, self._recipe, self._engines, self._progress = job, recipe, engines, progress
+        self._starts, self._pool, self._requests = engines.starts, None, 0
+
+    def stream(self, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+        """Outcomes of whole inputs, as they end."""
+        if self._pool is None:
+            self._pool = self._connect()
+        yield from _stream(self._job, self._recipe, self._pool, pending)
+
+    @property
+    def engine_starts(self) -> int:
+        """Engines that were started for this stage."""
+        return self._engines.starts - self._starts
+
+    @property
+    def requests(self) -> int:
+        """Requests of this stage that reached an engine, counted there."""
+        return 0 if self._pool is None else max(0, self._pool.requests - self._requests)
+
+    def _connect(self) -> Pool:
+        cluster.connect(self._job.run.ray, self._progress.say)
+        _require_workers(self._job, self._engines)
+        pool = self._engines.pool(self._job.teacher)
+        self._requests = pool.requests
+        return pool
+
+
+def _require_workers(job: GenerateJob, engines: EngineHost) -> None:
+    """Engines and workers hold their CPUs together; Ray Data would wait for a missing one in silence."""
+    workers, pool = job.workers, job.teacher.pool
+    held = engines.held_with(job.teacher)
+    cluster.require(
+        {**held, "CPU": held.get("CPU", 0.0) + workers.num * workers.cpus_each},
+        f"{pool.replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
+        "workers.num, workers.cpus_each, teacher.pool.cpus_each or run.ray.num_cpus",
+    )
+
+
+def _stream(job: GenerateJob, recipe: Recipe, pool: Pool, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayError
+
+    workers = job.workers
+    llm = pool.client.llm(sampling_of(job.sampling), job.seed, SEED_STAGE, job.teacher.model.adapter)
+    with DataContext.current(_quiet(DataContext.get_current().copy())):
+        size = workers.rows_per_block
+        blocks = [records_table(pending[start : start + size]) for start in range(0, len(pending), size)]
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            RecipeWorker, fn_constructor_kwargs={"recipe": recipe, "llm": llm}, batch_size=None, batch_format="pyarrow",
+            num_cpus=workers.cpus_each,
+            compute=ActorPoolStrategy(
+                size=workers.num, max_tasks_in_flight_per_actor=workers.blocks_in_flight,
+                max_concurrent_calls_per_actor=workers.blocks_in_flight, enable_true_multi_threading=True,
+            ),
+        )
+    try:
+        # Without prefetching: it would hold a finished parcel back until the next one is there.
+        batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for batch in batches:
+            for parcel in batch["parcel"].to_pylist():
+                yield unpack(parcel)
+    except RayError as error:
+        raise _cause(error) from error
+
+
+def _quiet(context: "DataContext") -> "DataContext":
+    """Every parcel a block of its own, so that it reaches the driver at once; Ray Data's own chatter to its log."""
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
+
+
+def _cause(error: BaseException) -> ITuneError:
+    """The project's own error inside Ray's wrapping, else a new one with Ray's last line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ITuneError) and not hasattr(inner, "cause"):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return GenerationError(f"a recipe worker failed: {str(error).strip().splitlines()[-1]}")
+
+
+def _check_made_something(funnel: Funnel) -> None:
+    if funnel.accepted == 0 and funnel.failed:
+        cause, count = max(funnel.failed.items(), key=lambda item: item[1])
+        raise GenerationError(
+            f"no row was made: {sum(funnel.failed.values())} failed, {count} of them with `{cause}`",
+            knob="max_attempts allows more attempts",
+        )
+
+
+def _finish(artifact: Artifact, funnel: Funnel, ledger: Ledger, tally: Tally, feed: _Feed) -> None:
+    tokens = ledger.table().select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
+    prompts = {row["input_key"]: row["num_prompt_tokens"] or 0 for row in tokens}
+    artifact.finish(
+        funnel=funnel.to_json(), rows=funnel.accepted,
+        tokens={"prompt": sum(prompts.values()), "generated": sum(row["num_tokens"] or 0 for row in tokens)},
+        requests=feed.requests, engine_starts=feed.engine_starts, driven=tally.inputs,
+    )

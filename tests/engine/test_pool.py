@@ -1,0 +1,152 @@
+"""The pool on real Ray with fake engines: sharing, counting, deadlines, deaths, and asks that cannot be met."""
+
+import asyncio
+import os
+import pickle
+import signal
+import time
+
+import pytest
+
+from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
+from itune_ray.engine.base import Request, Sampling
+from itune_ray.engine.pool import EngineHost, bundle_of, pool_key, resources_of
+from itune_ray.errors import ClusterError, GenerationError, ModelError
+
+FAKE = ModelRef(path="any")
+
+
+def served(engine=None, adapter: str | None = None, **pool) -> ServedModel:
+    model = FAKE.model_copy(update={"adapter": adapter})
+    return ServedModel(model=model, engine=engine or FakeEngineConfig(), pool=PoolConfig(**{"cpus_each": 0.1, **pool}))
+
+
+def requests(count: int) -> list[Request]:
+    turns = [({"role": "user", "content": f"question {i}"},) for i in range(count)]
+    return [Request(id=f"r{i}", sampling=Sampling(seed=i, temperature=1.0), messages=turn) for i, turn in enumerate(turns)]
+
+
+def test_models_that_differ_only_in_the_adapter_share_a_pool():
+    assert pool_key(served()) == pool_key(served(adapter="/some/adapter"))
+    assert pool_key(served()) == pool_key(served(replicas=3))
+    assert pool_key(served()) != pool_key(served(FakeEngineConfig(fail_rate=0.5)))
+
+
+def test_a_replica_over_several_devices_takes_one_bundle_each():
+    wide = ServedModel(
+        model=FAKE, engine=VllmEngineConfig(tensor_parallel=2, pipeline_parallel=2),
+        pool=PoolConfig(replicas=3, cpus_each=2, gpus_each=1, resources_each={"gpu-infer": 0.5}),
+    )
+    assert bundle_of(wide.pool) == {"CPU": 2, "GPU": 1, "gpu-infer": 0.5}
+    assert resources_of(wide) == {"CPU": 24, "GPU": 12, "gpu-infer": 6}
+
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def host(ray_session):
+    engines = EngineHost()
+    yield engines
+    engines.close()
+
+
+@pytest.mark.real
+def test_answers_come_in_order_and_are_counted_at_the_engine(host):
+    pool = host.pool(served(replicas=2))
+    first = asyncio.run(pool.client.generate(requests(50)))
+    assert [c.id for c in first] == [f"r{i}" for i in range(50)]
+    assert pool.requests == 50
+    again = host.pool(served(replicas=2, adapter="/another/adapter"))
+    second = asyncio.run(pickle.loads(pickle.dumps(again.client)).generate(requests(50)))
+    assert second == first
+    assert (again.requests, host.starts) == (100, 2)
+
+
+@pytest.mark.real
+def test_a_replica_killed_in_flight_loses_no_request(host):
+    pool = host.pool(served(FakeEngineConfig(latency_s=0.5), replicas=2))
+    undisturbed = asyncio.run(pool.client.generate(requests(60)))
+
+    async def kill_one_meanwhile():
+        task = asyncio.ensure_future(pool.client.generate(requests(60)))
+        await asyncio.sleep(0.3)
+        os.kill(pool.infos[0].pid, signal.SIGKILL)
+        return await task
+
+    assert asyncio.run(kill_one_meanwhile()) == undisturbed
+
+
+@pytest.mark.real
+def test_a_single_replica_is_started_again(host):
+    pool = host.pool(served(FakeEngineConfig(latency_s=0.3), replicas=1, max_restarts=1))
+    client = pool.client
+
+    async def kill(times: int):
+        for _ in range(times):
+            task = asyncio.ensure_future(client.generate(requests(3)))
+            await asyncio.sleep(0.15)
+            pid = (await pool.replicas[0].ready.remote()).pid
+            os.kill(pid, signal.SIGKILL)
+            answers = await task
+        return answers
+
+    assert [c.error for c in asyncio.run(kill(1))] == [None] * 3
+    with pytest.raises(GenerationError, match="dead|died"):
+        asyncio.run(kill(1))
+
+
+@pytest.mark.real
+def test_a_deadline_is_a_completion_that_says_what_the_replica_does(host):
+    pool = host.pool(served(FakeEngineConfig(latency_s=5.0), request_timeout_s=0.2))
+    started = time.monotonic()
+    (completion,) = asyncio.run(pool.client.generate(requests(1)))
+    assert time.monotonic() - started < 3
+    assert completion.error == "no answer within 0.2 s (pool.request_timeout_s); fake engine, alive"
+    assert completion.retryable
+
+
+@pytest.mark.real
+def test_an_ask_the_cluster_cannot_meet_fails_at_once(host):
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"3 engine replicas of any needs 12 CPU, and the cluster has 8"):
+        host.pool(served(replicas=3, cpus_each=4))
+    host.pool(served(replicas=1, cpus_each=6))
+    with pytest.raises(ClusterError, match=r"beside 1 running pools needs 10 CPU, and the cluster has 8"):
+        host.pool(served(FakeEngineConfig(fail_rate=0.1), replicas=1, cpus_each=4))
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.real
+def test_an_ask_that_others_stand_in_the_way_of_names_what_is_missing(ray_session):
+    import ray
+
+    @ray.remote(num_cpus=6)
+    class Occupant:
+        def here(self) -> bool:
+            return True
+
+    occupant = Occupant.remote()
+    ray.get(occupant.here.remote())
+    engines = EngineHost()
+    try:
+        with pytest.raises(ClusterError, match=r"1 of 1 engine .* each needs 4 CPU \(cluster has 2 free of 8\)"):
+            engines.pool(served(cpus_each=4, start_timeout_s=2))
+    finally:
+        engines.close()
+        ray.kill(occupant)
+
+
+@pytest.mark.real
+def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
+    no_model = ServedModel(model=ModelRef(path=str(tmp_path)), pool=PoolConfig(cpus_each=0.1))
+    with pytest.raises(ModelError, match="holds no config.json") as caught:
+        host.pool(no_model)
+    assert "\n" not in str(caught.value)
