@@ -15,6 +15,9 @@ BENCHMARKS = {
 }
 """Config type -> class."""
 
+GRADERS = {"playground": "itune_ray.benchmarks.playground:grade_reply"}
+"""Name -> function of (prompt, reply, meta) -> score in [0, 1]: graders that need no reference answer."""
+
 
 def benchmark(config: BenchmarkConfig) -> Benchmark:
     """The benchmark a config describes, its items not yet made."""

@@ -11,7 +11,7 @@ import sacrebleu
 
 from itune_ray.benchmarks import similarity
 from itune_ray.benchmarks.base import Benchmark, Grade, Item, Metric, Reply, share
-from itune_ray.benchmarks.rows import benchmark_rows
+from itune_ray.benchmarks.rows import answered_rows
 from itune_ray.config.evaluate import IfScoreBenchmark
 from itune_ray.data.records import Record
 
@@ -42,7 +42,11 @@ class IfScore(Benchmark):
         self._languages: set[str] = set()
 
     def items(self) -> Sequence[Item]:
-        items = [_item(row) for row in benchmark_rows(self.config.source, self.name, needs_answer=True)]
+        rows, self.rejected = answered_rows(self.config.source)
+        chats = [row for row in rows if row.text is None]
+        if len(chats) < len(rows):
+            self.rejected["no_prompt"] = self.rejected.get("no_prompt", 0) + len(rows) - len(chats)
+        items = [_item(row) for row in chats]
         self._languages = {item.meta["language"] for item in items}
         return items
 
@@ -50,7 +54,7 @@ class IfScore(Benchmark):
         wanted = {metric.name for metric in self.metrics}
         language, text = item.meta["language"], reply.text.strip()
         values = _values(text, item.reference, language, wanted)
-        sums = {name: (value, 1.0) for name, value in values.items()}
+        sums: dict[str, tuple[float, ...]] = {name: (value, 1.0) for name, value in values.items()}
         if "bleu" in wanted:
             values["bleu"] = values["sentence_bleu"]
             sums["bleu"] = similarity.bleu_sums(text, item.reference, language)

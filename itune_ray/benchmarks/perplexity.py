@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from itune_ray.benchmarks.base import Benchmark, Floats, Grade, Item, Metric, Reply, share
-from itune_ray.benchmarks.rows import benchmark_rows
+from itune_ray.benchmarks.rows import answered_rows
 from itune_ray.config.evaluate import PerplexityBenchmark
 from itune_ray.data.records import Record
 
@@ -39,7 +39,8 @@ class Perplexity(Benchmark):
         self.config = config
 
     def items(self) -> Sequence[Item]:
-        return [_item(row) for row in benchmark_rows(self.config.source, self.name, needs_answer=True)]
+        rows, self.rejected = answered_rows(self.config.source)
+        return [_item(row) for row in rows]
 
     def grade(self, item: Item, reply: Reply) -> Grade:
         nll, tokens = -math.fsum(reply.logprobs), len(reply.logprobs)

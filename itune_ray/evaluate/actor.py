@@ -1,10 +1,12 @@
 """[Ray] Eval actors: each takes shards of questions, asks the pools through its clients and grades the replies."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray
+from ray.exceptions import RayTaskError
 
 from itune_ray.benchmarks.base import Benchmark
 from itune_ray.config.evaluate import EvalWorkers
@@ -40,43 +42,45 @@ class EvalActor:
         return await self._asker.answer(shard)
 
 
-def stream_answers(
-    shards: Sequence[Sequence[Question]], arguments: AskerArguments, workers: EvalWorkers
-) -> Iterator[list[Answer]]:
-    """Answers shard by shard as they come; at most `SHARDS_IN_FLIGHT` shards per actor are under way.
+class EvalActors:
+    """The eval actors of one stage; use as a context manager.
 
-    A dead actor starts again and asks its shards anew: request ids name the work, so the pool does it once.
+    A dead actor is started again and asks its shards anew; request ids name the work, so an engine that still works
+    on it does not do it twice.
     """
-    factory = ray.remote(
-        num_cpus=workers.cpus_each, max_restarts=3, max_task_retries=3, max_concurrency=SHARDS_IN_FLIGHT
-    )(EvalActor)
-    count = min(workers.num, len(shards))
-    held = ray.put(arguments)
-    actors: list[Any] = [factory.remote(held) for _ in range(count)]
-    waiting = list(reversed(shards))
-    under_way: dict[Any, Any] = {}
-    try:
-        for actor in actors * SHARDS_IN_FLIGHT:
-            _send(actor, waiting, under_way)
+
+    def __init__(self, arguments: AskerArguments, workers: EvalWorkers):
+        factory: Any = ray.remote(EvalActor)
+        factory = factory.options(
+            num_cpus=workers.cpus_each, max_restarts=3, max_task_retries=3, max_concurrency=SHARDS_IN_FLIGHT
+        )
+        self._actors: list[Any] = [factory.remote(arguments) for _ in range(workers.num)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def stream(self, shards: Sequence[Sequence[Question]]) -> Iterator[list[Answer]]:
+        """Answers shard by shard as they come; at most `SHARDS_IN_FLIGHT` shards per actor are under way."""
+        waiting = iter(shards)
+        under_way: dict[Any, Any] = {}
+        for actor, shard in zip(self._actors * SHARDS_IN_FLIGHT, waiting, strict=False):
+            under_way[actor.answer.remote(shard)] = actor
         while under_way:
             done, _ = ray.wait(list(under_way), num_returns=1)
             actor = under_way.pop(done[0])
-            _send(actor, waiting, under_way)
+            for shard in itertools.islice(waiting, 1):
+                under_way[actor.answer.remote(shard)] = actor
             yield _result(done[0])
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _send(actor: Any, waiting: list[Sequence[Question]], under_way: dict[Any, Any]) -> None:
-    if waiting:
-        under_way[actor.answer.remote(waiting.pop())] = actor
 
 
 def _result(reference: Any) -> list[Answer]:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, ITuneError):
             raise error.cause from None  # the user's error, without the layers of Ray around it
         raise

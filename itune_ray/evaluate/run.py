@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from itune_ray.benchmarks import benchmarks
@@ -11,9 +12,9 @@ from itune_ray.cluster import connect, require
 from itune_ray.config.evaluate import EvaluatedModel, EvaluateJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.pool import EngineHost, Pool, pool_key
 from itune_ray.errors import EvalError
-from itune_ray.evaluate.actor import SHARD, AskerArguments, stream_answers
+from itune_ray.evaluate.actor import SHARD, AskerArguments, EvalActors
 from itune_ray.evaluate.answers import answers_table, is_settled, outcome_of
 from itune_ray.evaluate.ask import Asked, Question
 from itune_ray.evaluate.score import score_benchmark
@@ -72,16 +73,22 @@ def _answer_all(
     progress: Progress,
 ) -> None:
     """Ask what is not settled, pass by pass, until nothing is left that another attempt may mend."""
-    while todo := _unsettled(questions, ledger):
-        connect(job.run.ray, progress.say)
-        require({"CPU": job.workers.cpus_each}, "an eval actor", "workers.cpus_each")
-        arguments = AskerArguments(
-            models=_clients(job, todo, engines),
-            benchmarks={measure.name: measure for measure in measures},
-            sampling=job.sampling,
-            seed=job.seed,
-        )
-        _answer_once(job, questions, todo, arguments, ledger, progress)
+    todo = _unsettled(questions, ledger)
+    if not todo:
+        return
+    connect(job.run.ray, progress.say)
+    arguments = AskerArguments(
+        models=_clients(job, todo, engines),
+        benchmarks={measure.name: measure for measure in measures},
+        sampling=job.sampling,
+        seed=job.seed,
+    )
+    cpus = engines.held.get("CPU", 0.0) + job.workers.cpus_each * job.workers.num
+    require({"CPU": cpus}, f"{job.workers.num} eval actors beside the engines", "workers.num or workers.cpus_each")
+    with EvalActors(arguments, job.workers) as actors:
+        while todo:
+            _answer_once(job, questions, todo, actors, ledger, progress)
+            todo = _unsettled(questions, ledger)
 
 
 def _unsettled(questions: Sequence[Question], ledger: Ledger) -> list[Question]:
@@ -93,16 +100,23 @@ def _unsettled(questions: Sequence[Question], ledger: Ledger) -> list[Question]:
 def _clients(job: EvaluateJob, todo: Sequence[Question], engines: EngineHost) -> dict[str, Asked]:
     """Clients of the models that still have something to answer, their pools all asked for before any is awaited."""
     wanted = {question.model for question in todo}
-    pools = {model.name: engines.pool(model) for model in job.models if model.name in wanted}
-    refs = {model.name: model.model for model in job.models}
-    return {name: Asked(pool.client(), refs[name]) for name, pool in pools.items()}
+    models = [model for model in job.models if model.name in wanted]
+    pools = _started(models, engines)
+    return {model.name: Asked(pools[pool_key(model)].client, model.model) for model in models}
+
+
+def _started(models: Sequence[EvaluatedModel], engines: EngineHost) -> dict[str, Pool]:
+    """One pool per base model. They load side by side: starting an engine is mostly waiting for one core."""
+    bases = {pool_key(model): model for model in models}
+    with ThreadPoolExecutor(len(bases)) as threads:
+        return dict(zip(bases, threads.map(engines.pool, bases.values()), strict=True))
 
 
 def _answer_once(
     job: EvaluateJob,
     questions: Sequence[Question],
     todo: Sequence[Question],
-    arguments: AskerArguments,
+    actors: EvalActors,
     ledger: Ledger,
     progress: Progress,
 ) -> None:
@@ -113,7 +127,7 @@ def _answer_once(
         progress.task("evaluate", len(questions), "items") as task,
     ):
         task.update(done)
-        for answers in stream_answers(_shards(todo), arguments, job.workers):
+        for answers in actors.stream(_shards(todo)):
             committer.add(outcome_of(a, attempts.get(a.question.key, 0) + 1) for a in answers)
             done += len(answers)
             tokens += sum(a.num_prompt_tokens + a.num_tokens for a in answers)
@@ -151,8 +165,10 @@ def _publish(
     artifact.folder.write_table("answers.parquet", table)
     artifact.folder.write_json("scores.json", scores)
     funnel = _funnel(job, measures, ledger)
+    prompt, generated = (int(table[name].to_numpy().sum()) for name in ("prompt_tokens", "tokens"))
     artifact.finish(
-        scores=_brief(scores), rows=table.num_rows, tokens=_tokens(table.to_pylist()), funnel=funnel.to_json()
+        scores=_brief(scores), rows=table.num_rows, tokens=prompt + generated, prompt_tokens=prompt,
+        generated_tokens=generated, funnel=funnel.to_json(),
     )
 
 
@@ -180,12 +196,5 @@ def _funnel(job: EvaluateJob, measures: Sequence[Benchmark], ledger: Ledger) -> 
 def _brief(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     kept = ("value", "low", "high", "n", "failed")
     return {m: {b: {k: s[k] for k in kept} for b, s in per.items()} for m, per in scores.items()}
-
-
-def _tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    prompt, generated = 0, 0
-    for row in rows:
-        prompt, generated = prompt + row["prompt_tokens"], generated + row["tokens"]
-    return {"prompt": prompt, "generated": generated}
 
 
