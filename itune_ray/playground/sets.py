@@ -11,7 +11,7 @@ from typing import Any
 from itune_ray.data.records import Record, row_rng
 from itune_ray.errors import ConfigError, did_you_mean
 from itune_ray.playground.families import BY_NAME, FAMILIES, Args, Family, instruction
-from itune_ray.playground.words import is_test, random_word
+from itune_ray.playground.words import CLOSED, is_test, random_word
 
 INVENT = ("invent an instruction", "give me a new task", "make up an instruction")
 LIKE = ("invent an instruction like this one : {example}", "give me a task like : {example}")
@@ -60,10 +60,10 @@ def _weighted(weights: Mapping[str, float]) -> tuple[list[Family], list[float]]:
 
 
 def draw(rng: random.Random, family: Family, test: bool) -> Args:
-    """Arguments on one side of the split."""
+    """Arguments on one side of the split; closed tables have but one."""
     while True:
         args = family.draw(rng)
-        if is_test(family.name, tuple(args.values())) == test:
+        if family.name in CLOSED or is_test(family.name, tuple(args.values())) == test:
             return args
 
 

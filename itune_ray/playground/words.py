@@ -10,6 +10,9 @@ import random
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 TEST_SHARE = 8
 """One argument tuple in so many is kept for testing."""
+CLOSED = frozenset({"add", "subtract"})
+"""Tables of a few hundred facts, which are learned as facts: with pairs held out, a million parameters got 79 % of unseen
+sums and 29 % of unseen differences. A fresh instance is a new drawing of the table, not a new fact."""
 
 NOUNS = {
     "cat": ("chat", "gato"),
@@ -63,5 +66,7 @@ def random_word(rng: random.Random, low: int = 3, high: int = 6) -> str:
 
 
 def is_test(family: str, values: tuple[object, ...]) -> bool:
-    """Which side of the split an argument tuple is on, for good."""
+    """Which side of the split an argument tuple is on, for good. Closed tables have no test side of their own."""
+    if family in CLOSED:
+        return False
     return hashlib.sha256(f"{family}|{values}".encode()).digest()[0] % TEST_SHARE == 0

