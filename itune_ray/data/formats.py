@@ -1,0 +1,211 @@
+"""Row layouts: what the columns of a file mean, as chats or texts.
+
+| layout | columns |
+|---|---|
+| records | those of `itune_ray.data.records`, as every stage writes them |
+| messages | `messages`: [{role, content}, ...] (OpenAI) |
+| sharegpt | `conversations`: [{from, value}, ...] |
+| alpaca | `instruction` or `prompt`, `output` or `response` or `completion`; optional `input` or `context`, `system` |
+| prompt | `prompt` or `instruction` alone; optional `input` or `context`, `system` |
+| text | `text`, to be modelled whole |
+
+All other columns travel in `meta`. A row that cannot be used is quarantined with a reason and its raw form; it never
+ends the reading. In a source where some rows have an answer, a row without one is a fault (`no_answer`); where none
+has, they are prompts.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from itune_ray.data.files import RawRow
+from itune_ray.data.ledger import Outcome
+from itune_ray.data.records import Message, Record
+from itune_ray.errors import DataError
+
+Layout = Literal["records", "alpaca", "messages", "sharegpt", "prompt", "text"]
+Turn = tuple[Any, Any]
+"""(role, content) before either was checked."""
+
+PROMPT = ("instruction", "prompt")
+CONTEXT = ("input", "context")
+ANSWER = ("output", "response", "completion")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+}
+"""`from` in ShareGPT files -> role."""
+FOLLOWERS = {
+    None: {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"},
+    "tool": {"tool", "assistant"},
+}
+"""Which roles may follow a role; None is the start."""
+
+
+class BadRow(Exception):
+    """A row that cannot be used; its text is the reason it is quarantined under."""
+
+
+def detect(columns: Iterable[str]) -> Layout:
+    """The layout that columns speak of; raises `DataError` when none fits."""
+    found = set(columns)
+    if {"source", "position"} <= found and found & {"messages", "text"}:
+        return "records"
+    if "messages" in found:
+        return "messages"
+    if "conversations" in found:
+        return "sharegpt"
+    if found & set(PROMPT):
+        return "alpaca" if found & set(ANSWER) else "prompt"
+    if "text" in found:
+        return "text"
+    raise DataError(
+        "no row layout fits these columns", got=", ".join(sorted(found)) or "no columns",
+        allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), prompt, text",
+        knob="format",
+    )
+
+
+def parse(rows: Iterable[RawRow], source: str, layout: Layout) -> tuple[list[Record], list[Outcome]]:
+    """Records of the rows that can be used, and a rejected outcome for each that cannot, in their order.
+
+    Args:
+        source: First part of the row keys; rows of layout `records` keep the keys they have.
+        layout: What the columns mean.
+    """
+    records: list[Record] = []
+    quarantined: list[Outcome] = []
+    for raw in rows:
+        try:
+            records.append(_record(raw, source, layout))
+        except BadRow as bad:
+            quarantined.append(quarantine(Record(source=source, position=raw.position), str(bad), _raw_text(raw)))
+    if layout in ("alpaca", "messages", "sharegpt") and any(r.response is not None for r in records):
+        quarantined += [quarantine(r, "no_answer", None) for r in records if r.response is None]
+        records = [r for r in records if r.response is not None]
+    return records, sorted(quarantined, key=lambda outcome: outcome.record.position)
+
+
+def quarantine(record: Record, reason: str, raw: str | None) -> Outcome:
+    """The outcome of a row that was rejected where it was read."""
+    return Outcome(record=record, input_key=record.key, status="rejected", reason=reason, raw=raw)
+
+
+def _record(raw: RawRow, source: str, layout: Layout) -> Record:
+    if raw.fields is None:
+        raise BadRow(raw.reason or "bad_row")
+    try:
+        fields = {name: value for name, value in raw.fields.items() if value is not None}
+        json.dumps(fields, ensure_ascii=False, default=str).encode()
+        record = _LAYOUTS[layout](fields)
+    except UnicodeEncodeError:
+        raise BadRow("bad_unicode") from None
+    return record if layout == "records" else replace(record, source=source, position=raw.position)
+
+
+def _raw_text(raw: RawRow) -> str:
+    text = raw.raw if raw.fields is None else json.dumps(raw.fields, default=str)
+    return (text or "").encode("utf-8", "backslashreplace").decode()
+
+
+# --- layouts -------------------------------------------------------------------------------------------------------
+
+
+def _from_records(row: Mapping[str, Any]) -> Record:
+    try:
+        record = Record.from_row(row)
+        turns = [(m["role"], m["content"]) for m in record.messages]
+    except (KeyError, TypeError, ValueError):
+        raise BadRow("bad_row") from None
+    if record.text is None and not (turns and all(isinstance(part, str) for turn in turns for part in turn)):
+        raise BadRow("bad_row")
+    return record
+
+
+def _from_messages(row: Mapping[str, Any]) -> Record:
+    return _chat(_listed(row, "messages", "role", "content"), row, {"messages"})
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> Record:
+    turns = [(SHAREGPT_ROLES.get(who, who), said) for who, said in _listed(row, "conversations", "from", "value")]
+    if row.get("system") and turns[:1] and turns[0][0] != "system":
+        turns.insert(0, ("system", row["system"]))
+    return _chat(turns, row, {"conversations", "system"})
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> Record:
+    answer = _first(row, ANSWER)
+    turns = _prompt_turns(row) + ([] if answer is None else [("assistant", answer)])
+    return _chat(turns, row, {*PROMPT, *CONTEXT, *ANSWER, "system"})
+
+
+def _from_prompt(row: Mapping[str, Any]) -> Record:
+    return _chat(_prompt_turns(row), row, {*PROMPT, *CONTEXT, "system"})
+
+
+def _from_text(row: Mapping[str, Any]) -> Record:
+    text = row.get("text", "")
+    if not isinstance(text, str):
+        raise BadRow("bad_row")
+    if not text.strip():
+        raise BadRow("empty_text")
+    return Record(source="", position=0, text=text, meta=_meta(row, {"text"}))
+
+
+_LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
+    "records": _from_records, "messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca,
+    "prompt": _from_prompt, "text": _from_text,
+}
+
+
+def _prompt_turns(row: Mapping[str, Any]) -> list[Turn]:
+    prompt, context, system = _first(row, PROMPT), _first(row, CONTEXT), row.get("system")
+    if isinstance(prompt, str) and isinstance(context, str) and context.strip():
+        prompt = f"{prompt}\n\n{context}"
+    elif context is not None and not isinstance(context, str):
+        raise BadRow("bad_row")
+    return ([("system", system)] if system else []) + [("user", "" if prompt is None else prompt)]
+
+
+def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((row[name] for name in names if name in row), None)
+
+
+def _listed(row: Mapping[str, Any], column: str, role: str, content: str) -> list[Turn]:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRow("bad_row")
+    return [(turn.get(role), turn.get(content)) for turn in turns]
+
+
+def _chat(turns: list[Turn], row: Mapping[str, Any], used: set[str]) -> Record:
+    """A chat of checked turns; an empty answer at the end counts as none."""
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        raise BadRow("bad_row")
+    if turns and turns[-1][0] == "assistant" and not turns[-1][1].strip():
+        turns = turns[:-1]
+    _check_roles([role for role, _ in turns])
+    for role, content in turns:
+        if role in ("user", "assistant") and not content.strip():
+            raise BadRow("empty_prompt" if role == "user" else "no_answer")
+    messages: tuple[Message, ...] = tuple({"role": role, "content": content} for role, content in turns)
+    return Record(source="", position=0, messages=messages, meta=_meta(row, used))
+
+
+def _check_roles(roles: list[str]) -> None:
+    if "user" not in roles:
+        raise BadRow("bad_roles" if roles else "empty_prompt")
+    for before, role in zip([None, *roles], roles, strict=False):
+        if role not in FOLLOWERS.get(before, ()):
+            raise BadRow("bad_roles")
+    if roles[-1] not in ("user", "assistant", "tool"):
+        raise BadRow("bad_roles")
+
+
+def _meta(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+    rest = {name: value for name, value in row.items() if name not in used and name != "meta"}
+    nested = row.get("meta")
+    if nested is not None:
+        rest = {**rest, **nested} if isinstance(nested, Mapping) else {**rest, "meta": nested}
+    return json.loads(json.dumps(rest, default=str))

@@ -1,0 +1,227 @@
+"""Sources to rows: files, payloads of earlier artifacts, the playground, the Hub, your own function.
+
+Reading is plain Python and needs no Ray session. What cannot be used is returned beside what can, never dropped.
+"""
+
+import functools
+import importlib
+import inspect
+import itertools
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from itune_ray.config.shared import CustomSource, FileSource, HubSource, PlaygroundSource, Source
+from itune_ray.data.files import RawRow, read_rows
+from itune_ray.data.fingerprint import artifact_of
+from itune_ray.data.formats import detect, parse
+from itune_ray.data.ledger import Outcome
+from itune_ray.data.records import Record
+from itune_ray.data.storage import Folder
+from itune_ray.errors import ConfigError, DataError, did_you_mean
+
+SOURCES = {
+    "file": "itune_ray.data.sources:read_file",
+    "playground": "itune_ray.data.sources:read_playground",
+    "hub": "itune_ray.data.sources:read_hub",
+    "custom": "itune_ray.data.sources:read_custom",
+}
+"""Source type -> reader."""
+PLAYGROUND_ROWS = "itune_ray.playground.sets:rows"
+"""Resolved by name: the playground is built on this package, so this package cannot import it."""
+HUB_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """The rows of one source."""
+
+    name: str
+    """Name of the source in reports and in `only`; for all but artifact payloads the first part of every row key."""
+    records: list[Record]
+    quarantined: list[Outcome]
+    """Rows that could not be used, rejected with a reason, in the order of their positions."""
+    layout: str = "records"
+    """The row layout taken, see `itune_ray.data.formats`."""
+    revision: str | None = None
+    """Commit of a Hub dataset."""
+
+    @property
+    def rows_in(self) -> int:
+        """All rows that were read."""
+        return len(self.records) + len(self.quarantined)
+
+
+def read_source(source: Source) -> SourceTable:
+    """Read a source whole.
+
+    Raises:
+        DataError: It is not there, holds nothing, or has no layout that fits.
+        ConfigError: A playground option or an import path is wrong.
+    """
+    table = _resolve(SOURCES[source.type], "type")(source)
+    twice = [key for key, count in Counter(r.key for r in table.records).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"source {table.name} yields two rows of the same key", got=twice[0], allowed="one per (position, sample)"
+        )
+    return table
+
+
+def read_file(source: FileSource) -> SourceTable:
+    """Rows of files. The payload of an artifact keeps its row keys, whatever the name."""
+    rows = read_rows(source.path, source.limit)
+    payload_of = _finished_artifact(source.path)
+    table = _table(rows, source.format, source.name or payload_of or _stem(source.path), source.path)
+    if table.rows_in == 0 and payload_of is None:
+        raise DataError("the source holds no rows", got=source.path, knob="path")
+    return table
+
+
+def read_playground(source: PlaygroundSource) -> SourceTable:
+    """Rows of the built-in world, made from the seed."""
+    name = source.name or f"playground-{source.split}"
+    rows = _resolve(PLAYGROUND_ROWS, "type")(source.split, source.rows, source.seed, source.options)
+    return SourceTable(name, [replace(record, source=name) for record in rows], [])
+
+
+def read_hub(source: HubSource) -> SourceTable:
+    """Rows of a Hub dataset, or of a folder written by `datasets.save_to_disk`."""
+    dataset, revision = _saved(source) if Folder.at(source.path).exists() else _downloaded(source)
+    rows = (RawRow(position, dict(row)) for position, row in enumerate(itertools.islice(dataset, source.limit)))
+    name = source.name or posixpath.basename(source.path.rstrip("/"))
+    return replace(_table(rows, source.format, name, source.path), revision=revision)
+
+
+def read_custom(source: CustomSource) -> SourceTable:
+    """What the user's function yields; a given name replaces the rows' own source."""
+    function: Callable[..., Iterable[Record]] = _resolve(source.import_path, "import_path")
+    try:
+        inspect.signature(function).bind(**source.args)
+    except TypeError as error:
+        raise ConfigError(f"the arguments do not fit {source.import_path}: {error}", knob="args") from None
+    records: list[Record] = []
+    for value in function(**source.args):
+        if not isinstance(value, Record):
+            what = f"{source.import_path} must yield itune_ray.data.records.Record"
+            raise DataError(what, got=type(value).__name__, knob="import_path")
+        records.append(replace(value, source=source.name) if source.name else value)
+    return SourceTable(source.name or source.import_path.partition(":")[2], records, [])
+
+
+def _table(rows: Iterator[RawRow], layout: str, name: str, path: str) -> SourceTable:
+    taken = list(rows)
+    if layout == "auto":
+        columns = next((row.fields for row in taken if row.fields is not None), None)
+        try:
+            layout = "records" if columns is None else detect(columns)
+        except DataError as error:
+            raise DataError(f"{path}: {error.what}", got=error.got, allowed=error.allowed, knob=error.knob) from None
+    records, quarantined = parse(taken, name, layout)  # type: ignore[arg-type]
+    return SourceTable(name, records, quarantined, layout)
+
+
+def _finished_artifact(path: str) -> str | None:
+    """The stage whose payload the path is, else None; refuses one that is still being written."""
+    folder = Folder.at(path)
+    inside = artifact_of(folder)
+    if inside is None:
+        return None
+    depth = len(inside.split("/")) - 1
+    root = Folder(folder.fs, "/".join(folder.path.split("/")[: len(folder.path.split("/")) - depth]), "")
+    manifest: Mapping[str, Any] = root.read_json("manifest.json")
+    if manifest.get("status") != "complete":
+        raise DataError("the artifact is not finished: run its job to the end first", got=path, knob="path")
+    return str(manifest["stage"])
+
+
+def _stem(path: str) -> str:
+    return posixpath.basename(path.rstrip("/")).split(".")[0] or "file"
+
+
+def _resolve(location: str, knob: str) -> Any:
+    """The object at `package.module:name`."""
+    module, _, name = location.partition(":")
+    try:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot import it: {error}", got=location, allowed="package.module:name, importable from here", knob=knob
+        ) from None
+    return found
+
+
+# --- Hub -----------------------------------------------------------------------------------------------------------
+
+
+def _saved(source: HubSource) -> tuple[Iterable[Mapping[str, Any]], None]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(source.path)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        what = f"the folder is no dataset saved by datasets.save_to_disk: {' '.join(str(error).split())[:200]}"
+        raise DataError(what, got=source.path, knob="path") from None
+    return (_split(loaded, source) if isinstance(loaded, DatasetDict) else loaded), None  # type: ignore[return-value]
+
+
+def _split(loaded: Mapping[str, Any], source: HubSource) -> Iterable[Mapping[str, Any]]:
+    if source.split not in loaded:
+        hint = did_you_mean(source.split, loaded)
+        raise DataError(f"no such split{hint}", got=source.split, allowed=", ".join(loaded), knob="split")
+    return loaded[source.split]
+
+
+def _downloaded(source: HubSource) -> tuple[Iterable[Mapping[str, Any]], str | None]:
+    """From the Hub, or from its cache on this machine where the Hub cannot be asked."""
+    from datasets import DownloadConfig, DownloadMode, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    commit = _hub_commit(source)
+    try:
+        loaded = load_dataset(
+            source.path, source.subset, split=source.split, revision=commit or source.revision,
+            download_config=DownloadConfig(local_files_only=commit is None),
+            download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
+        )
+    except (DatasetsError, OSError, ValueError) as error:
+        offline = "" if commit else " (the Hub cannot be reached, and this machine has no copy)"
+        raise DataError(
+            f"the dataset cannot be read{offline}: {' '.join(str(error).split())[:200]}", got=source.path,
+            allowed="org/name of a Hub dataset, or a folder of datasets.save_to_disk", knob="path",
+        ) from None
+    return loaded, commit  # type: ignore[return-value]
+
+
+def _hub_commit(source: HubSource) -> str | None:
+    """The commit that the revision means now; None when the Hub cannot be asked."""
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if constants.HF_HUB_OFFLINE or Path(source.path).is_absolute():
+        return None
+    try:
+        return HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S).sha
+    except GatedRepoError:
+        what = "the dataset is gated: accept its terms on the Hub and give your token"
+        raise DataError(what, got=source.path, knob="HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise DataError("the dataset has no such revision", got=source.revision, knob="revision") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise DataError(
+            "no such dataset on the Hub, and no such folder here", got=source.path, allowed="org/name or a folder",
+            knob="path",
+        ) from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.HTTPError, OSError):
+        return None
