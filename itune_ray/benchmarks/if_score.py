@@ -40,13 +40,12 @@ class IfScore(Benchmark):
         self.config = config
         self.metrics = tuple(metric for wanted in config.metrics for metric in METRICS[wanted])
         self._languages: set[str] = set()
+        self._source: str | None = None
 
     def items(self) -> Sequence[Item]:
-        rows, self.rejected = answered_rows(self.config.source)
-        chats = [row for row in rows if row.text is None]
-        if len(chats) < len(rows):
-            self.rejected["no_prompt"] = self.rejected.get("no_prompt", 0) + len(rows) - len(chats)
-        items = [_item(row) for row in chats]
+        read = answered_rows(self.config.source, texts=False)
+        self.rejected, self._source = read.rejected, read.source
+        items = [_item(row) for row in read.rows]
         self._languages = {item.meta["language"] for item in items}
         return items
 
@@ -62,7 +61,8 @@ class IfScore(Benchmark):
         return Grade(score=values[self.metrics[0].name], ok=matches, sums=sums, details=values)
 
     def settings(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"languages": sorted(self._languages), "sacrebleu": sacrebleu.__version__}
+        facts: dict[str, Any] = {"source": self._source, "languages": sorted(self._languages)}
+        facts["sacrebleu"] = sacrebleu.__version__
         if "bleu" in self.config.metrics:
             facts["bleu_signature"] = similarity.bleu_signature(sorted(self._languages) or ["en"])
         if any(name.startswith("rouge") for name in self.config.metrics):

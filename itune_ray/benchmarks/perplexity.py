@@ -37,10 +37,12 @@ class Perplexity(Benchmark):
     def __init__(self, config: PerplexityBenchmark, name: str):
         super().__init__(name)
         self.config = config
+        self._source: str | None = None
 
     def items(self) -> Sequence[Item]:
-        rows, self.rejected = answered_rows(self.config.source)
-        return [_item(row) for row in rows]
+        read = answered_rows(self.config.source, texts=True)
+        self.rejected, self._source = read.rejected, read.source
+        return [_item(row) for row in read.rows]
 
     def grade(self, item: Item, reply: Reply) -> Grade:
         nll, tokens = -math.fsum(reply.logprobs), len(reply.logprobs)
@@ -48,7 +50,7 @@ class Perplexity(Benchmark):
         return Grade(score=score, ok=None, sums={"perplexity": (nll, float(tokens))}, details={"tokens": tokens})
 
     def settings(self) -> dict[str, Any]:
-        return {"tokens": "supervised tokens under the model's own tokenizer and chat template"}
+        return {"source": self._source, "tokens": "supervised tokens under the model's own tokenizer and chat template"}
 
 
 def _item(row: Record) -> Item:

@@ -1,34 +1,47 @@
 """Benchmark rows from the sources that every job reads; what cannot be a question is counted with its reason."""
 
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from itune_ray.config.shared import Source
 from itune_ray.data.records import Record
+from itune_ray.data.sources import read_source
 
 
-def records_of(source: Source) -> Iterator[Record]:
-    """The rows of a source, in its own order."""
-    from itune_ray.data.sources import read_source
+@dataclass(frozen=True)
+class AnsweredRows:
+    """Rows that hold a reference: texts, and chats that end in an answer."""
 
-    return read_source(source)
+    rows: list[Record]
+    rejected: dict[str, int]
+    """Rows without one by reason, those among them that the source itself could not read."""
+    source: str
+    """Name of the source, with the commit it was read at where it has one."""
 
 
-def answered_rows(source: Source) -> tuple[list[Record], dict[str, int]]:
-    """Rows that hold a reference, and how many do not, by reason: texts and chats that end in a non-empty answer do."""
+def answered_rows(source: Source, texts: bool) -> AnsweredRows:
+    """Read a source.
+
+    Args:
+        texts: Whether rows of plain text can be used.
+    """
+    table = read_source(source)
+    rejected = Counter(outcome.reason or "unreadable" for outcome in table.quarantined)
     rows: list[Record] = []
-    rejected: Counter[str] = Counter()
-    for record in records_of(source):
-        reason = _reason_against(record)
+    for record in table.records:
+        reason = _reason_against(record, texts)
         if reason is None:
             rows.append(record)
         else:
             rejected[reason] += 1
-    return rows, dict(sorted(rejected.items()))
+    name = f"{table.name}@{table.revision}" if table.revision else table.name
+    return AnsweredRows(rows, dict(sorted(rejected.items())), name)
 
 
-def _reason_against(record: Record) -> str | None:
+def _reason_against(record: Record, texts: bool) -> str | None:
     if record.text is not None:
+        if not texts:
+            return "no_prompt"
         return None if record.text.strip() else "empty_text"
     if not (record.response or "").strip():
         return "no_answer"

@@ -83,8 +83,6 @@ def _answer_all(
         sampling=job.sampling,
         seed=job.seed,
     )
-    cpus = engines.held.get("CPU", 0.0) + job.workers.cpus_each * job.workers.num
-    require({"CPU": cpus}, f"{job.workers.num} eval actors beside the engines", "workers.num or workers.cpus_each")
     with EvalActors(arguments, job.workers) as actors:
         while todo:
             _answer_once(job, questions, todo, actors, ledger, progress)
@@ -101,13 +99,25 @@ def _clients(job: EvaluateJob, todo: Sequence[Question], engines: EngineHost) ->
     """Clients of the models that still have something to answer, their pools all asked for before any is awaited."""
     wanted = {question.model for question in todo}
     models = [model for model in job.models if model.name in wanted]
-    pools = _started(models, engines)
+    bases = {pool_key(model): model for model in models}
+    _require_room(job, list(bases.values()), engines)
+    pools = _started(bases, engines)
     return {model.name: Asked(pools[pool_key(model)].client, model.model) for model in models}
 
 
-def _started(models: Sequence[EvaluatedModel], engines: EngineHost) -> dict[str, Pool]:
+def _require_room(job: EvaluateJob, models: Sequence[EvaluatedModel], engines: EngineHost) -> None:
+    """Engines, old and new, and eval actors hold their CPUs together."""
+    held = engines.held.get("CPU", 0.0)
+    new = sum(engines.held_with(model).get("CPU", 0.0) - held for model in models)
+    require(
+        {"CPU": held + new + job.workers.num * job.workers.cpus_each},
+        f"{len(models)} engine pools and {job.workers.num} eval actors beside what the job holds already",
+        "workers.num, workers.cpus_each, models.N.pool.cpus_each or run.ray.num_cpus",
+    )
+
+
+def _started(bases: Mapping[str, EvaluatedModel], engines: EngineHost) -> dict[str, Pool]:
     """One pool per base model. They load side by side: starting an engine is mostly waiting for one core."""
-    bases = {pool_key(model): model for model in models}
     with ThreadPoolExecutor(len(bases)) as threads:
         return dict(zip(bases, threads.map(engines.pool, bases.values()), strict=True))
 

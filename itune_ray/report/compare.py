@@ -80,9 +80,10 @@ def compare(run: Run, before: str, after: str, seed: int) -> list[Comparison]:
 
 
 def headline(comparisons: Sequence[Comparison]) -> Comparison | None:
-    """What the verdict is about: the first score of right and wrong replies, else the first score."""
-    graded = [c for c in comparisons if c.p is not None]
-    return (graded or list(comparisons) or [None])[0]
+    """What the verdict is about: the first score of right and wrong replies, else of known difference, else any."""
+    exact = [c for c in comparisons if c.score["metric"] in RIGHT_OR_WRONG]
+    tested = [c for c in comparisons if c.difference is not None]
+    return (exact or tested or list(comparisons) or [None])[0]
 
 
 def _compare(run: Run, before: str, after: str, name: str, seed: int) -> Comparison:

@@ -1,5 +1,6 @@
 """IF-score and perplexity: references grade themselves as right, sums make the values, bad rows are counted."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from itune_ray.benchmarks.base import Reply
 from itune_ray.config.evaluate import IfScoreBenchmark, PerplexityBenchmark, PlaygroundBenchmark
 from itune_ray.config.shared import FileSource
 from itune_ray.data.records import Record
+from itune_ray.data.sources import SourceTable
 from itune_ray.errors import ConfigError
 
 SOURCE = FileSource(path="rows.jsonl")
@@ -33,7 +35,7 @@ RECORDS = [
 
 @pytest.fixture
 def source(monkeypatch):
-    monkeypatch.setattr(rows, "records_of", lambda source: iter(RECORDS))
+    monkeypatch.setattr(rows, "read_source", lambda source: SourceTable("t", RECORDS, []))
 
 
 def test_the_registry_has_every_config():
@@ -105,3 +107,14 @@ def test_names_follow_type_and_variant():
 def test_two_benchmarks_of_one_name_are_refused():
     with pytest.raises(ConfigError, match=r"benchmarks\.N\.name"):
         benchmarks([PlaygroundBenchmark(seed=1), PlaygroundBenchmark(seed=2)])
+
+
+def test_real_files_with_broken_lines(tmp_path):
+    file = tmp_path / "alpaca.jsonl"
+    good = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+    file.write_text("\n".join([json.dumps(good), "{broken", json.dumps({**good, "output": ""})]))
+    measure = benchmark(IfScoreBenchmark(source=FileSource(path=str(file))))
+    (item,) = measure.items()
+    assert (item.prompt, item.reference, item.category) == ("Name a colour.", "Blue.", "en")
+    assert sum(measure.rejected.values()) == 2
+    assert measure.settings()["source"] == "alpaca"

@@ -170,7 +170,7 @@ def test_what_keeps_failing_is_counted_as_wrong_and_stored_with_its_cause(tmp_pa
 
 
 def test_too_many_eval_actors_for_the_cluster_are_refused_at_once(tmp_path, engines):
-    with pytest.raises(ClusterError, match=r"eval actors beside the engines needs 12\.1 CPU.*workers\.num"):
+    with pytest.raises(ClusterError, match=r"12 eval actors beside .* needs 12\.1 CPU.*workers\.num"):
         evaluate(job(workers={"num": 12, "cpus_each": 1.0}), tmp_path, engines)
 
 
