@@ -143,7 +143,7 @@ def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         os.environ.update({k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ})
-        _check_head_dim(folder, model.path)
+        check_head_dim(folder, model.path)
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -179,14 +179,18 @@ def engine_args(
 
 
 def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's `SamplingParams`; only the final output is asked for."""
+    """vLLM's `SamplingParams`; only the final output is asked for.
+
+    vLLM refuses n greedy samples, which are all the same: one is drawn, and `completion_of` gives it n times.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens, stop=list(sampling.stop), seed=sampling.seed, logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs, output_kind=RequestOutputKind.FINAL_ONLY,
+        n=1 if sampling.temperature == 0 else sampling.n, seed=sampling.seed, temperature=sampling.temperature,
+        top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_tokens, stop=list(sampling.stop),
+        logprobs=sampling.logprobs, prompt_logprobs=sampling.prompt_logprobs,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -196,15 +200,16 @@ def completion_of(request: Request, output: Any) -> Completion:
     odd = [str(part.finish_reason) for part in outputs if part.finish_reason not in _FINISHED]
     if odd:
         return Completion(id=request.id, error=f"the engine ended the request with `{odd[0]}`", retryable=True)
+    samples = tuple(
+        Sample(
+            text=part.text, token_ids=tuple(part.token_ids), finish_reason=_FINISHED[part.finish_reason],
+            logprobs=None if part.logprobs is None else tuple(_values(entry) for entry in part.logprobs),
+        )
+        for part in outputs
+    )
     return Completion(
         id=request.id,
-        samples=tuple(
-            Sample(
-                text=part.text, token_ids=tuple(part.token_ids), finish_reason=_FINISHED[part.finish_reason],
-                logprobs=None if part.logprobs is None else tuple(_values(entry) for entry in part.logprobs),
-            )
-            for part in outputs
-        ),
+        samples=samples * (request.sampling.n // len(samples)),
         prompt_token_ids=tuple(output.prompt_token_ids or ()),
         prompt_logprobs=_prompt_logprobs(output.prompt_logprobs),
     )
@@ -230,7 +235,8 @@ def _lora_request(number: int, name: str, folder: str) -> "LoRARequest":
     return LoRARequest(lora_name=name, lora_int_id=number, lora_path=folder)
 
 
-def _check_head_dim(folder: str, got: str) -> None:
+def check_head_dim(folder: str, got: str) -> None:
+    """Refuse a model that would load on CPU and die at its first request."""
     config = read_config(folder)
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     head_dim = config.get("head_dim") or (hidden // heads if heads and hidden else None)

@@ -4,7 +4,6 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 `drive` settles both.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from itune_ray.engine.pool import EngineHost, Pool
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.recipes.base import Recipe
+from itune_ray.generate.recipes.base import Recipe, recipe_identity
 from itune_ray.generate.worker import RecipeWorker, unpack
 from itune_ray.observe.progress import Progress
 
@@ -59,12 +58,6 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     _check_made_something(funnel)
     _finish(artifact, funnel, ledger, tally, feed)
     return artifact
-
-
-def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides the rows, beside its config."""
-    prompts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sorted(recipe.prompts.items())}
-    return {"recipe": recipe.version, "prompts": prompts}
 
 
 def _read(job: GenerateJob) -> tuple[list[Record], list[Outcome]]:

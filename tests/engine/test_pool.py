@@ -22,8 +22,13 @@ def served(engine=None, adapter: str | None = None, **pool) -> ServedModel:
 
 
 def requests(count: int) -> list[Request]:
-    turns = [({"role": "user", "content": f"question {i}"},) for i in range(count)]
-    return [Request(id=f"r{i}", sampling=Sampling(seed=i, temperature=1.0), messages=turn) for i, turn in enumerate(turns)]
+    return [
+        Request(
+            id=f"r{i}", sampling=Sampling(seed=i, temperature=1.0),
+            messages=({"role": "user", "content": f"question {i}"},),
+        )
+        for i in range(count)
+    ]
 
 
 def test_models_that_differ_only_in_the_adapter_share_a_pool():
@@ -99,7 +104,7 @@ def test_a_single_replica_is_started_again(host):
         return answers
 
     assert [c.error for c in asyncio.run(kill(1))] == [None] * 3
-    with pytest.raises(GenerationError, match="dead|died"):
+    with pytest.raises(GenerationError, match=r"dead|died"):
         asyncio.run(kill(1))
 
 
@@ -147,6 +152,6 @@ def test_an_ask_that_others_stand_in_the_way_of_names_what_is_missing(ray_sessio
 @pytest.mark.real
 def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
     no_model = ServedModel(model=ModelRef(path=str(tmp_path)), pool=PoolConfig(cpus_each=0.1))
-    with pytest.raises(ModelError, match="holds no config.json") as caught:
+    with pytest.raises(ModelError, match=r"holds no config\.json") as caught:
         host.pool(no_model)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """The recipe contract, and the outcomes every recipe ends its rows in."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
@@ -42,6 +43,12 @@ class Recipe(Protocol):
         with a reason, or failed with a cause when another attempt may mend it.
         """
         ...
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the rows, beside its config."""
+    prompts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sorted(recipe.prompts.items())}
+    return {"recipe": recipe.version, "prompts": prompts}
 
 
 def refused(draft: Record, row: Record, reason: str, count: int = 1, raw: str | None = None) -> list[Outcome]:
