@@ -32,13 +32,13 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def language_of(text: str, told: str | None = None) -> str:
-    """ISO 639-1 code: the one told, else by script (ja, ko, zh, th), `en` for plain ASCII, `und` for the rest."""
+    """ISO 639-1 code: the one told, else by script (ja, ko, zh, th), `en` where all letters are ASCII, else `und`."""
     if told:
         return told.lower().split("-")[0]
     for language, script in _SCRIPTS:
         if script.search(text):
             return language
-    return "en" if text.isascii() else "und"
+    return "en" if all(c.isascii() for c in text if c.isalpha()) else "und"
 
 
 def bleu_tokenizer(language: str) -> str:

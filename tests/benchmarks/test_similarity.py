@@ -68,8 +68,8 @@ def test_accents_do_not_split_words():
 
 def test_the_language_told_wins_and_scripts_are_guessed():
     assert similarity.language_of("anything", "FR-ca") == "fr"
-    found = {text: similarity.language_of(text) for text in ("plain", "été", "한국어", "สวัสดี", "漢字かな")}
-    assert found == {"plain": "en", "été": "und", "한국어": "ko", "สวัสดี": "th", "漢字かな": "ja"}
+    found = {text: similarity.language_of(text) for text in ("plain ‘quoted’ 20°", "été", "한국어", "สวัสดี", "漢字かな")}
+    assert found == {"plain ‘quoted’ 20°": "en", "été": "und", "한국어": "ko", "สวัสดี": "th", "漢字かな": "ja"}
 
 
 def test_the_signature_names_every_tokenizer_in_use():
