@@ -5,8 +5,9 @@ reason; nothing is dropped. Whether tokenising runs in this process or on a clus
 the result, since the order depends on row keys alone.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,15 +18,15 @@ import pyarrow.compute as pc
 from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer, UnusableRow
+from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
 from itune_ray.data.order import DOCUMENT_SCHEMA, Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
+from itune_ray.train.rows import rejection
 
-TOKENISED_SCHEMA = pa.schema(
-    [*DOCUMENT_SCHEMA, ("content_hash", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
-)
-"""A tokenised document, or a rejected row with its reason and no tokens."""
+TOKENISED_SCHEMA = pa.schema([*DOCUMENT_SCHEMA, ("rejection", pa.string())])
+"""A tokenised document, or no tokens and the row's outcome as JSON."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PreparedData:
     plan: Plan
     accepted: int
     rejected: dict[str, int]
-    """Rows by reason; the rows themselves are in `rejected/` of the stage."""
+    """Rows by reason; the rows themselves are in `rejected/` of the stage, in `LEDGER_SCHEMA`."""
 
 
 @lru_cache(maxsize=4)
@@ -55,14 +56,19 @@ def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -
 
 
 def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": record.key, "weight": record.weight, "content_hash": record.content_hash}
+    row: dict[str, Any] = {"key": record.key, "weight": record.weight}
     try:
         ids, supervised = renderer.record_ids(record, job.objective.supervise)
     except UnusableRow as error:
-        return row | {"reason": error.reason, "detail": str(error)}
+        return row | {"rejection": _json(rejection(record, error.reason, str(error)))}
     if len(ids) > job.max_length:
-        return row | {"reason": "too_long", "detail": f"{len(ids)} tokens, max_length {job.max_length}"}
+        detail = f"{len(ids)} tokens, max_length {job.max_length}"
+        return row | {"rejection": _json(rejection(record, "too_long", detail, score=len(ids)))}
     return row | {"input_ids": ids, "supervised": supervised}
+
+
+def _json(outcome: Outcome) -> str:
+    return json.dumps(outcome.to_row())
 
 
 def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
@@ -82,15 +88,22 @@ def finished_preparation(job: TrainJob, renderer: ChatRenderer, stage_dir: str) 
     return PreparedData(folder.uri, plan, rows["accepted"], rows["rejected"])
 
 
-def write_prepared(tokenised: pa.Table, job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData:
-    """Split accepted from rejected rows, and write `rejected/` and `order/`; refuses to go on with nothing to train."""
-    is_rejected = pc.is_valid(tokenised["reason"])
-    rejected, documents = tokenised.filter(is_rejected), tokenised.filter(pc.invert(is_rejected))
-    counts = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
+def write_prepared(
+    tokenised: pa.Table, job: TrainJob, renderer: ChatRenderer, stage_dir: str, unread: Sequence[Outcome] = ()
+) -> PreparedData:
+    """Split accepted from rejected rows, and write `rejected/` and `order/`; refuses to go on with nothing to train.
+
+    Args:
+        tokenised: `TOKENISED_SCHEMA`.
+        unread: Outcomes of rows that never got as far as tokenising.
+    """
+    documents = tokenised.filter(pc.is_null(tokenised["rejection"]))
+    rejected = [outcome.to_row() for outcome in unread]
+    rejected += [json.loads(text) for text in pc.drop_null(tokenised["rejection"]).to_pylist()]
+    rejected.sort(key=lambda row: row["key"])
+    counts = dict(sorted(Counter(str(row["reason"] or row["cause"]) for row in rejected).items()))
     stage = Folder.at(stage_dir)
-    if rejected.num_rows:
-        facts = rejected.select(["key", "content_hash", "reason", "detail"])
-        (stage / "rejected").write_table("part-00000.parquet", facts)
+    stage.write_table("rejected/part-0.parquet", pa.Table.from_pylist(rejected, schema=LEDGER_SCHEMA))
     if not documents.num_rows:
         raise TrainError(
             "no row is left to train on: no supervised token in any", got=counts or "no rows at all",
@@ -106,14 +119,17 @@ def write_prepared(tokenised: pa.Table, job: TrainJob, renderer: ChatRenderer, s
     return PreparedData(folder.uri, plan, documents.num_rows, counts)
 
 
-def prepare_locally(job: TrainJob, records: Iterable[Record], stage_dir: str) -> PreparedData:
+def prepare_locally(
+    job: TrainJob, records: Iterable[Record], stage_dir: str, unread: Sequence[Outcome] = ()
+) -> PreparedData:
     """Tokenise in this process and write the order; an order that is already there is used as it is."""
     renderer = renderer_for(job.model.model_dump_json())
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done
     tables = [tokenise(chunk, job, renderer) for chunk in _chunks(records, 4096)]
-    return write_prepared(pa.concat_tables(tables or [TOKENISED_SCHEMA.empty_table()]), job, renderer, stage_dir)
+    tokenised = pa.concat_tables(tables or [TOKENISED_SCHEMA.empty_table()])
+    return write_prepared(tokenised, job, renderer, stage_dir, unread)
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

@@ -9,19 +9,27 @@ defined here, and would otherwise spend ten seconds on imports that only workers
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
+from itune_ray import cluster
 from itune_ray.config.train import TrainJob
+from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.hub import local_model_folder
+from itune_ray.data.ledger import Funnel, Outcome
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.storage import Folder
+from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ITuneError, TrainError
+from itune_ray.observe.progress import Progress, Task
+from itune_ray.train.rows import read_mixture
 
 if TYPE_CHECKING:
     import ray.data
@@ -43,12 +51,76 @@ OnProgress = Callable[[int, int, dict[str, Any]], None]
 """See `itune_ray.train.loop.OnProgress`."""
 
 
-def prepare(job: TrainJob, records: "Iterable[Record] | ray.data.Dataset", stage_dir: str) -> "PreparedData":
+def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
+    """Train on a mixture of rows; a finished artifact is returned without touching Ray.
+
+    Writes order/ (the tokenised steps), rejected/ (`LEDGER_SCHEMA`), checkpoint/, metrics.jsonl, model/ and, after
+    adapter training, adapter/. Asked again after a kill, it continues from the last checkpoint.
+
+    Raises:
+        TrainError: No row is left to train on, or the workers failed for good.
+        ClusterError: The cluster cannot hold the workers.
+    """
+    artifact = runs.artifact(stage, "train", job, _version(job))
+    if artifact.complete:
+        return artifact
+    cluster.connect(job.run.ray, progress.say)
+    _make_room(job, engines, progress)
+    records, unread = read_mixture(job.data)
+    prepared = prepare(job, records, artifact.path(), unread)
+    with progress.task(stage, prepared.plan.steps, unit="steps") as task:
+        outcome = fit(job, prepared, artifact.path(), _shown(task))
+    report = outcome.parameters
+    rows_in = prepared.accepted + sum(prepared.rejected.values())
+    artifact.finish(
+        funnel=Funnel(rows_in, prepared.accepted, prepared.rejected, {}).to_json(),
+        rows=prepared.accepted, tokens=prepared.plan.tokens, steps=outcome.steps, epochs=prepared.plan.epochs,
+        parameters={
+            "total": report.total, "trainable": report.trainable, "ratio": report.ratio,
+            "matrices": [{**dataclasses.asdict(m), "ratio": m.ratio} for m in report.matrices],
+        },
+        last_step=outcome.metrics,
+    )
+    return artifact
+
+
+def _version(job: TrainJob) -> dict[str, Any]:
+    """The commit that a Hub id means now; paths are identified by their content."""
+    if job.model.path is None or "://" in job.model.path or os.path.exists(job.model.path):
+        return {}
+    return {"revision": local_model_folder(job.model.reference()).revision}
+
+
+def _make_room(job: TrainJob, engines: EngineHost, progress: Progress) -> None:
+    """Refuse workers the cluster can never hold; give idle engines back where both do not fit at once."""
+    needed = {name: amount * job.workers.num for name, amount in _resources_each(job).items()}
+    cluster.require(needed, f"{job.workers.num} training workers", "workers.num or workers.cpus_each")
+    total = ray.cluster_resources()
+    if any(needed.get(name, 0.0) + held > total.get(name, 0.0) for name, held in engines.held.items()):
+        progress.say("engines are given back: the cluster cannot hold them and the training workers together")
+        engines.close()
+
+
+def _shown(task: Task) -> OnProgress:
+    seen = 0
+
+    def show(step: int, _: int, row: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += int(row["tokens"])
+        task.update(step, seen, loss=float(row["loss"]), lr=float(row["lr"]))
+
+    return show
+
+
+def prepare(
+    job: TrainJob, records: "Iterable[Record] | ray.data.Dataset", stage_dir: str, unread: Sequence[Outcome] = ()
+) -> "PreparedData":
     """Tokenise, on the cluster where it is worth it, and write the order of a stage; finished work is found again.
 
     Args:
         records: Rows, or a dataset with the columns of `RECORD_SCHEMA`.
         stage_dir: Absolute path or URI that every node can reach.
+        unread: Outcomes of rows that the sources could not read, to be counted with the rejected.
 
     Raises:
         TrainError: No row is left to train on.
@@ -65,9 +137,9 @@ def prepare(job: TrainJob, records: "Iterable[Record] | ray.data.Dataset", stage
         rows = iter(records)
         head = list(itertools.islice(rows, IN_PROCESS_ROWS + 1))
         if len(head) <= IN_PROCESS_ROWS:
-            return prepare_locally(job, head, stage_dir)
+            return prepare_locally(job, head, stage_dir, unread)
         records = _dataset(itertools.chain(head, rows))
-    return write_prepared(tokenise_on_cluster(records, job), job, renderer, stage_dir)
+    return write_prepared(tokenise_on_cluster(records, job), job, renderer, stage_dir, unread)
 
 
 def _dataset(records: Iterable[Record]) -> "ray.data.Dataset":
@@ -153,14 +225,16 @@ def _fit(trainer: Any) -> None:
         ) from failed
 
 
+def _resources_each(job: TrainJob) -> dict[str, float]:
+    each = {"CPU": job.workers.cpus_each, "GPU": job.workers.gpus_each, **job.workers.resources_each}
+    return {name: amount for name, amount in each.items() if amount > 0}
+
+
 def _scaling(job: TrainJob) -> "ray.train.ScalingConfig":
     import ray.train
 
-    each = {"CPU": job.workers.cpus_each, **job.workers.resources_each}
-    if job.workers.gpus_each:
-        each["GPU"] = job.workers.gpus_each
     return ray.train.ScalingConfig(
-        num_workers=job.workers.num, use_gpu=job.workers.gpus_each > 0, resources_per_worker=each
+        num_workers=job.workers.num, use_gpu=job.workers.gpus_each > 0, resources_per_worker=_resources_each(job)
     )
 
 
@@ -187,16 +261,20 @@ class _Board:
 
 @contextlib.contextmanager
 def _relayed(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
-    """Call back on the driver while `fit` blocks."""
+    """Call back on the driver while `fit` blocks; an error of the callback is raised when it ends."""
     stop = threading.Event()
+    errors: list[Exception] = []
 
     def relay() -> None:
-        while on_progress is not None:
-            finished = stop.wait(POLL_S)
-            for step, total, row in ray.get(board.drain.remote()):
-                on_progress(step, total, row)
-            if finished:
-                return
+        try:
+            while on_progress is not None:
+                finished = stop.wait(POLL_S)
+                for step, total, row in ray.get(board.drain.remote()):
+                    on_progress(step, total, row)
+                if finished:
+                    return
+        except Exception as error:  # noqa: BLE001  raised below, in the thread that can end the stage
+            errors.append(error)
 
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()
@@ -205,6 +283,8 @@ def _relayed(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=30)
+    if errors:
+        raise errors[0]
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
+import json
+
 import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from itune_ray.data.ledger import Outcome
 from itune_ray.data.order import PackedTable
 from itune_ray.data.records import Record
 from itune_ray.errors import TrainError
@@ -21,11 +24,14 @@ def test_unusable_rows_are_quarantined_with_their_reason(folder, tmp_path):
     prepared = prepare_locally(tiny.job(folder), [*good, *bad], str(tmp_path))
     assert prepared.accepted == 6
     assert prepared.rejected == {"no_answer": 2, "no_supervised_tokens": 1, "too_long": 1}
-    rejected = pq.read_table(tmp_path / "rejected" / "part-00000.parquet").to_pylist()
+    rejected = pq.read_table(tmp_path / "rejected" / "part-0.parquet").to_pylist()
     assert {row["key"]: row["reason"] for row in rejected} == {
         "bad:0:0": "no_answer", "bad:1:0": "no_answer", "tiny:2:0": "too_long", "bad:3:0": "no_supervised_tokens",
     }
-    assert all(row["detail"] for row in rejected)
+    assert all(json.loads(row["meta"])["detail"] for row in rejected)
+    too_long = next(row for row in rejected if row["reason"] == "too_long")
+    assert too_long["score"] > 128
+    assert Outcome.from_row(too_long).record.response == "river " * 500
     keys = {key for row in PackedTable(prepared.folder).rows(0) for key in row.keys}
     assert keys == {row.key for row in good}
 

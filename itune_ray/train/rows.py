@@ -1,0 +1,41 @@
+"""The rows of a training job: a weighted union of sources (survey eq. 5)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from itune_ray.config.shared import MixturePart
+from itune_ray.data.ledger import Outcome
+from itune_ray.data.records import Record
+
+
+def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:
+    """Usable rows, weighted, and the outcomes of those that cannot be used.
+
+    A row's weight is its own times its part's. Where parts differ in priority, a row whose content a part of higher
+    priority holds too is rejected as `duplicate`; equal rows within one priority are the user's wish.
+    """
+    from itune_ray.data.sources import read_source
+
+    tables = {index: read_source(part.source) for index, part in enumerate(parts)}
+    rows: list[Record] = []
+    rejected = [outcome for table in tables.values() for outcome in table.quarantined]
+    held_above: set[str] = set()
+    for priority in sorted({part.priority for part in parts}, reverse=True):
+        held_here: set[str] = set()
+        for index, part in enumerate(parts):
+            if part.priority != priority:
+                continue
+            for record in tables[index].records:
+                if record.content_hash in held_above:
+                    rejected.append(rejection(record, "duplicate"))
+                else:
+                    rows.append(dataclasses.replace(record, weight=record.weight * part.weight))
+                    held_here.add(record.content_hash)
+        held_above |= held_here
+    return rows, rejected
+
+
+def rejection(record: Record, reason: str, detail: str | None = None, score: float = float("nan")) -> Outcome:
+    """The outcome of a row that is not trained on."""
+    noted = record if detail is None else dataclasses.replace(record, meta={**record.meta, "detail": detail})
+    return Outcome(record=noted, input_key=record.key, status="rejected", reason=reason, score=score)

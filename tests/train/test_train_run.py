@@ -1,0 +1,96 @@
+"""Real Ray: tokenising on Ray Data, training under Ray Train, failures of workers."""
+
+import os
+import signal
+
+import psutil
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from itune_ray.data.order import PackedTable
+from itune_ray.errors import TrainError
+from itune_ray.train.loop import train_local
+from itune_ray.train.metrics import read_metrics
+from itune_ray.train.prepare import prepare_locally
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+def losses(stage):
+    return [(row["step"], row["loss"]) for row in read_metrics(str(stage))]
+
+
+def two_workers(folder, **overrides):
+    settings = {
+        "steps": 6, "batch": 8, "packing": True, "strategy": {"type": "fsdp2"}, "workers": {"num": 2},
+        "checkpoint": {"every_steps": 2}, "model.peft": {"type": "lora", "rank": 4},
+    }
+    return tiny.job(folder, **{**settings, **overrides})
+
+
+@pytest.mark.real
+def test_a_cluster_tokenises_into_the_same_order(local_ray, folder, tmp_path, monkeypatch):
+    from itune_ray.train import run
+
+    monkeypatch.setattr(run, "IN_PROCESS_ROWS", 10)
+    monkeypatch.setattr(run, "ROWS_PER_BLOCK", 16)
+    records = [*tiny.chats(40), tiny.chat("apple?", "", position=40)]
+    here = prepare_locally(two_workers(folder), records, str(tmp_path / "here"))
+    there = run.prepare(two_workers(folder), records, str(tmp_path / "there"))
+    assert there.plan == here.plan
+    assert (there.accepted, there.rejected) == (40, {"no_answer": 1})
+    for step in range(here.plan.steps):
+        a, b = ([row.keys for row in PackedTable(p.folder).rows(step)] for p in (here, there))
+        assert sorted(k for row in a for k in row) == sorted(k for row in b for k in row)
+
+
+def kill_a_worker():
+    """Only below this process: other Rays may run on the machine."""
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    os.kill(workers[0].pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kill_at", [
+    pytest.param(None, marks=pytest.mark.real), pytest.param(3, marks=pytest.mark.soak),
+])
+def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, kill_at):
+    from itune_ray.train.run import fit, prepare
+
+    records, stage, steps = tiny.chats(40), str(tmp_path / "two"), 150 if kill_at else 20
+    seen = []
+
+    def on_progress(step, total, row):
+        seen.append(step)
+        if len(seen) == kill_at:
+            kill_a_worker()
+
+    job = two_workers(folder, steps=steps, checkpoint={"every_steps": 70 if kill_at else 5})
+    train_local(job, records, str(tmp_path / "one"))
+    outcome = fit(job, prepare(job, records, stage), stage, on_progress)
+    assert outcome.steps == steps
+    assert [step for step, _ in losses(stage)] == list(range(1, steps + 1))
+    assert (len(seen) > steps) == bool(kill_at)  # steps since the last checkpoint were taken twice
+    torch.testing.assert_close(losses(stage), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert AutoModelForCausalLM.from_pretrained(outcome.model_path).config.model_type == "llama"
+    assert outcome.parameters.trainable == sum(m.trainable for m in outcome.parameters.matrices)
+    assert fit(job, prepare(job, [], stage), stage) == outcome  # finished: nothing starts again
+
+
+@pytest.mark.soak
+def test_an_error_of_the_users_is_raised_once_and_not_retried(local_ray, folder, tmp_path):
+    from itune_ray.train.run import fit, prepare
+
+    diverging = {"optimizer": {"type": "adamw", "lr": 1e30}, "clip_norm": None, "model.peft": {"type": "full"}}
+    job = two_workers(folder, **diverging)
+    stage = str(tmp_path)
+    with pytest.raises(TrainError, match=r"not finite at step 2.*optimizer\.lr"):
+        fit(job, prepare(job, tiny.chats(40), stage), stage)
