@@ -171,7 +171,9 @@ def _publish(
         for measure in measures:
             answered = rows[model.name, measure.name]
             _check_answered(model.name, measure.name, answered)
-            scores[model.name] |= score_benchmark(measure, items[measure.name], answered, job.bootstrap, job.seed)
+            scores[model.name] |= score_benchmark(
+                measure, items[measure.name], answered, job.bootstrap, job.seed, _settings(job, measure)
+            )
     artifact.folder.write_table("answers.parquet", table)
     artifact.folder.write_json("scores.json", scores)
     funnel = _funnel(job, measures, ledger)
@@ -180,6 +182,11 @@ def _publish(
         scores=_brief(scores), rows=table.num_rows, tokens=prompt + generated, prompt_tokens=prompt,
         generated_tokens=generated, funnel=funnel.to_json(),
     )
+
+
+def _settings(job: EvaluateJob, measure: Benchmark) -> dict[str, Any]:
+    """What of the job a reader must know; scored documents are not sampled."""
+    return {"job_seed": job.seed} | ({} if measure.wants_texts else {"sampling": job.sampling.model_dump(mode="json")})
 
 
 def _check_answered(model: str, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -44,13 +44,20 @@ def score_names(benchmark: Benchmark) -> dict[str, Metric]:
 
 
 def score_benchmark(
-    benchmark: Benchmark, items: Sequence[Item], rows: Sequence[Mapping[str, Any]], config: BootstrapConfig, seed: int
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    rows: Sequence[Mapping[str, Any]],
+    config: BootstrapConfig,
+    seed: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of one model on one benchmark, as scores.json has them.
 
     Args:
         items: All of the benchmark's, by position.
         rows: The answers of `ANSWERS_SCHEMA`, one per item, by position; a failed one has no sums.
+        seed: Of the job; each benchmark draws its resamples by its own name.
+        settings: Of the job, written beside the benchmark's own.
     """
     failed = sum(row["failure"] is not None for row in rows)
     graded = [(item, sums) for item, row in zip(items, rows, strict=True) if (sums := _sums(benchmark, item, row))]
@@ -67,7 +74,10 @@ def score_benchmark(
             "higher_is_better": metric.higher_is_better,
             "categories": draws.slices((item.category, sums[metric.name]) for item, sums in graded),
             "groups": draws.slices((g, sums[metric.name]) for item, sums in graded for g in item.groups),
-            "settings": {"version": benchmark.version, **benchmark.settings()},
+            "settings": {
+                "version": benchmark.version, **benchmark.settings(), **(settings or {}),
+                "interval": f"{config.level:.0%}, {config.samples} resamples",
+            },
         }
     return scores
 

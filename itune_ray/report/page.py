@@ -54,7 +54,7 @@ def render(run: Run, job: ReportJob, command: str, when: str) -> str:
         "figures": key_figures(run, main, comparisons), "scores": _score_table(run, pair),
         "scores_svg": figures.scores_figure(*_coloured(run, pair)), "families_svg": _families(main),
         "samples": _samples(main, job), "training": _training(run), "funnel": _funnel(run), "cost": _cost(run),
-        "mixes": [(s.name, s.mix) for s in run.of_job("curate") if s.mix], "settings": _settings(run),
+        "mixes": _mixes(run), "settings": _settings(run),
         "shown": shown,
     }
     environment = jinja2.Environment(
@@ -203,14 +203,32 @@ def _funnel(run: Run) -> dict[str, Any]:
     return {"svg": figures.funnel_figure(stages), "rows": rows}
 
 
+def _mixes(run: Run) -> list[tuple[str, Any]]:
+    """Facts of curate stages: how sources were mixed (survey eq. 5), how good manual rows are (eq. 1)."""
+    found: list[tuple[str, Any]] = []
+    for stage in run.of_job("curate"):
+        quality = stage.manifest.get("q_manual")
+        found += [(f"Mixture, {stage.name}", stage.mix)] if stage.mix else []
+        found += [(f"Manual quality Q, {stage.name}", quality)] if quality else []
+    return found
+
+
 def _cost(run: Run) -> str:
     return figures.cost_figure(run.stages) if run.stages else ""
 
 
-def _settings(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def _settings(run: Run) -> list[tuple[str, dict[str, str]]]:
     """Benchmark name -> settings a reader must know to compare the score."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, str]] = {}
     for scores in run.scores.values():
         for score in scores.values():
-            found.setdefault(score["benchmark"], score["settings"])
+            facts = {name: _plain(value) for name, value in score["settings"].items()}
+            found.setdefault(score["benchmark"], facts | {"a failed item counts as": score["failed_as"]})
     return list(found.items())
+
+
+def _plain(value: Any) -> str:
+    """A setting on one line: `temperature 0.0, max_tokens 64`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items() if item not in ((), [], None))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -81,7 +81,7 @@ def test_several_metrics_are_several_scores(tmp_path):
     assert list(scores) == list(score_names(benchmark)) == ["toy.exact_match", "toy.length"]
     assert scores["toy.exact_match"]["value"] == 0.75
     assert scores["toy.length"]["value"] == pytest.approx((15 * 3 + 5 * 2) / 20)
-    assert scores["toy.exact_match"]["settings"] == {"version": "7", "size": 20}
+    assert scores["toy.exact_match"]["settings"] == {"version": "7", "size": 20, "interval": "95%, 300 resamples"}
 
 
 def test_a_failed_item_counts_as_wrong_and_is_counted(tmp_path):

@@ -138,13 +138,16 @@ def finished_run(root: Path) -> FinishedRun:
     curate = validate(CurateJob, {"name": "quickstart", "inputs": [source]}, "x")
     curated = run.add(
         "curate", "curate", curate, took=6.2, rows=2411,
+        q_manual={"value": 0.812, "low": 0.774, "high": 0.848, "n": 200},
         funnel={"in": 3186, "accepted": 2411, "failed": {},
                 "rejected": {"near_duplicate": 402, "wrong_answer": 171, "duplicate": 118, "low_rating": 62,
                              "cut_off": 22}},
     )
     curated.folder.write_json("mix_report.json", [
-        {"source": "distilled", "rows_in": 2986, "kept": 2273, "weight": 1.0, "share": 0.9428},
-        {"source": "manual", "rows_in": 200, "kept": 138, "weight": 1.0, "share": 0.0572},
+        {"source": "distilled", "rows_in": 2986, "kept": 2273, "weight": 1.0, "planned_share": 0.9372, "share": 0.9428,
+         "rows_per_epoch": 2273},
+        {"source": "manual", "rows_in": 200, "kept": 138, "weight": 1.0, "planned_share": 0.0628, "share": 0.0572,
+         "rows_per_epoch": 138},
     ])
     train = validate(
         TrainJob,

@@ -64,6 +64,8 @@ def test_the_figures_of_the_page_are_the_artifacts(run):
     for stage, reason, number in (("curate", "near_duplicate", 402), ("distill", "failed: timeout", 3)):
         assert f"{reason} {number}" in text, stage
     assert "143,872 of 908,416" in text
+    assert "distilled 2,986 2,273 1 0.9372 0.9428 2,273" in text
+    assert "0.812" in text
     assert "q_proj 4 128 × 128 16 0.25" in text
     assert "2 min 37 s" in text  # 18.4 + 21.7 + 6.2 + 96.0 + 14.9 s
 
