@@ -1,4 +1,4 @@
-"""The same job on a free-standing cluster: `ray job submit`, `itune submit`, resubmission, and a stop that leaves nothing.
+"""The same job on a free-standing cluster: `ray job submit`, `itune submit`, resubmission, a stop that leaves nothing.
 
 The cluster has its own ports and folder, and is stopped by its own pid.
 """
@@ -35,10 +35,19 @@ def cluster():
     folder = tempfile.mkdtemp(prefix="ir", dir="/tmp")
     dashboard = free_port()
     command = [
-        RAY, "start", "--head", "--block", "--num-cpus=8", f"--port={free_port()}", f"--temp-dir={folder}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
-        f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}",
-        f"--ray-client-server-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=8",
+        f"--port={free_port()}",
+        f"--temp-dir={folder}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-grpc-port={free_port()}",
+        f"--metrics-export-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+        f"--runtime-env-agent-port={free_port()}",
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
@@ -115,7 +124,11 @@ def project(tmp_path_factory):
 
 
 def shell(command: list[str], cwd: Path, timeout: float = 240) -> tuple[int, str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+    }
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout

@@ -37,12 +37,17 @@ def tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<s>", "<|im_end|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=340,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator([" ".join(WORDS), "user\nassistant\nsystem\n", "hello there\n\n"] * 3, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", bos_token="<s>", eos_token="<|im_end|>",
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
     )
     fast.chat_template = template
@@ -53,9 +58,17 @@ def llama(folder: Path, **overrides: Any) -> Path:
     """A random two-layer Llama with grouped queries, and its tokenizer, as a Hugging Face folder."""
     words = tokenizer()
     settings: dict[str, Any] = {
-        "vocab_size": len(words), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256,
-        "tie_word_embeddings": True, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+        "vocab_size": len(words),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
     torch.manual_seed(1)

@@ -36,7 +36,9 @@ def loop(name: str, root: Path, rows: int = 1500) -> dict:
                 "job": "curate",
                 "inputs": [{"source": {"type": "file", "path": "step://distill/accepted"}}],
                 "filters": [
-                    {"type": "finish_reason"}, {"type": "length", "max_response": 300}, {"type": "exact_dedup"},
+                    {"type": "finish_reason"},
+                    {"type": "length", "max_response": 300},
+                    {"type": "exact_dedup"},
                     {"type": "grader"},
                 ],
             },
