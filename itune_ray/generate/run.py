@@ -42,7 +42,7 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     artifact = runs.artifact(stage, "generate", job, recipe_identity(recipe))
     if artifact.complete:
         return artifact
-    records, quarantined = _read(job)
+    records, quarantined = _read(job, progress)
     ledger = Ledger(artifact.folder / "ledger")
     quarantine(ledger, quarantined, job.max_attempts)
     feed = _Feed(job, recipe, engines, progress)
@@ -60,8 +60,11 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     return artifact
 
 
-def _read(job: GenerateJob) -> tuple[list[Record], list[Outcome]]:
+def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outcome]]:
     tables = [read_source(source) for source in job.prompts]
+    for table in tables:
+        unusable = f", {len(table.quarantined)} unusable" if table.quarantined else ""
+        progress.say(f"{table.name}: {len(table.records)} rows read as {table.layout}{unusable}")
     records = [record for table in tables for record in table.records]
     quarantined = [outcome for table in tables for outcome in table.quarantined]
     check_keys([*records, *(outcome.record for outcome in quarantined)])
@@ -124,7 +127,7 @@ def _stream(job: GenerateJob, recipe: Recipe, pool: Pool, pending: Sequence[Reco
             RecipeWorker, fn_constructor_kwargs={"recipe": recipe, "llm": llm}, batch_size=None, batch_format="pyarrow",
             num_cpus=workers.cpus_each,
             compute=ActorPoolStrategy(
-                size=workers.num, max_tasks_in_flight_per_actor=workers.blocks_in_flight,
+                size=min(workers.num, len(blocks)), max_tasks_in_flight_per_actor=workers.blocks_in_flight,
                 max_concurrent_calls_per_actor=workers.blocks_in_flight, enable_true_multi_threading=True,
             ),
         )
