@@ -123,7 +123,7 @@ def _guarded(arguments: argparse.Namespace, job: Any, output: Any) -> int:
             traceback.print_exc()
             print(f"itune: error: {error}", file=output.terminal)
             return USER_ERROR
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into the latter
             print("itune: interrupted; the same command goes on from here", file=output.terminal)
             return INTERRUPTED
         except Exception as error:  # noqa: BLE001  the last stop: everything is in the log, the terminal gets a line

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from itune_ray.config.shared import ModelRef, PoolConfig, RayConfig, ServedModel, VllmEngineConfig
 from itune_ray.data.artifact import PACKAGES
-from itune_ray.errors import ITuneError
+from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe.logs import Output, quiet_environment
 
 GIB = 2**30
@@ -110,7 +110,10 @@ def _model(model: str) -> str:
 def _invariance(model: str) -> str:
     from itune_ray.train.invariance import check_invariance
 
-    return check_invariance(ModelRef(path=model)).summary()
+    report = check_invariance(ModelRef(path=model))
+    if not report.ok:
+        raise TrainError(report.summary())
+    return report.summary()
 
 
 def _ray(_: str) -> str:
@@ -136,7 +139,7 @@ def _vllm(model: str) -> str:
     engines = EngineHost()
     try:
         request = Request(id="doctor", text="The", sampling=Sampling(max_tokens=8))
-        completion = asyncio.run(engines.pool(served).client().generate([request]))[0]
+        completion = asyncio.run(engines.pool(served).client.generate([request]))[0]
     finally:
         engines.close()
     if completion.error:

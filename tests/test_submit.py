@@ -178,7 +178,7 @@ def engines() -> list[int]:
     found = []
     for process in psutil.process_iter(["pid", "name", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-        if title.startswith("ray::EngineReplica"):
+        if title.startswith("ray::Replica"):
             found.append(process.info["pid"])
     return found
 
