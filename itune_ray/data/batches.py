@@ -66,7 +66,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
     every forward and backward, since the others wait for it in collectives.
     """
     if flat and len(rows) > 1:
-        rows = [_join(rows)]
+        rows = [join(rows)]
     width = max((len(row.input_ids) for row in rows), default=2)
     width = width if flat else -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     shape = (max(len(rows), 1), width)
@@ -84,10 +84,14 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
         positions[b, :length] -= np.repeat(starts, row.lengths)
         if len(row.lengths) > 1:
             positions[b, length:] = np.arange(width - length)
-    return Batch(*(torch.from_numpy(a) for a in (ids, labels, positions, documents)), tuple(r.keys for r in rows))
+    return Batch(
+        input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels), position_ids=torch.from_numpy(positions),
+        documents=torch.from_numpy(documents), keys=tuple(row.keys for row in rows),
+    )
 
 
-def _join(rows: Sequence[PackedRow]) -> PackedRow:
+def join(rows: Sequence[PackedRow]) -> PackedRow:
+    """The documents of several rows in one."""
     return PackedRow(
         np.concatenate([row.input_ids for row in rows]),
         np.concatenate([row.supervised for row in rows]),

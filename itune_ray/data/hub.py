@@ -157,7 +157,7 @@ def _hub_snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
 
 def _hub_commit(repo: str, revision: str | None) -> str | None:
     """The commit a revision means now, or None when the Hub cannot be asked (offline mode, no network)."""
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -180,7 +180,7 @@ def _hub_commit(repo: str, revision: str | None) -> str | None:
         raise ModelError("the Hub model has no such revision", got=revision, knob="model.revision") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise _not_found(repo) from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError):
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.HTTPError, OSError):
         return None
 
 

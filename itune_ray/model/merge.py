@@ -15,8 +15,8 @@ from itune_ray.model.peft import ADAPTER, base_name, lora_layers
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor on CPU; collective when it is sharded."""
-    full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return full.cpu()
+    detached: Any = tensor.detach()
+    return (detached.full_tensor() if isinstance(tensor, DTensor) else detached).cpu()
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -108,7 +108,7 @@ def _trained_rows(
                 knob="model.peft.train_tokens",
             )
     ids = [vocabulary[token] for token in tokens]
-    tables = [model.get_input_embeddings()]
+    tables: list[Any] = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:
         tables.append(model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}

@@ -14,10 +14,11 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
 from itune_ray.data.storage import Folder
@@ -51,7 +52,7 @@ class Checkpoints:
             target.fs.create_dir(target.path, recursive=True)
         self._world.barrier()
         with _quiet():
-            dcp.save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
+            save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
         self._world.barrier()
         if self._world.is_main:
             target.write_json(MARKER, {"step": step, "world": self._world.size})
@@ -63,8 +64,8 @@ class Checkpoints:
         state = strategy.state(model, optimizers)
         try:
             with _quiet():
-                dcp.load(state, storage_reader=_Reader(self.at(step)), no_dist=_alone())
-        except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
+                load(state, storage_reader=_Reader(self.at(step)), no_dist=_alone())
+        except (CheckpointException, RuntimeError, OSError) as error:
             raise TrainError(
                 f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}", got=self.at(step).uri,
                 allowed="a checkpoint of the same model, adapter and optimizer",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from itune_ray.config.shared import ModelRef
 from itune_ray.config.train import DdpConfig, SftConfig
-from itune_ray.data.batches import Batch, collate, model_inputs
+from itune_ray.data.batches import Batch, collate, join, model_inputs
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.order import PackedRow
 from itune_ray.data.packing import pack
@@ -93,11 +93,7 @@ def _documents(num_words: int, seed: int) -> list[PackedRow]:
 
 def _packed(rows: list[PackedRow]) -> list[PackedRow]:
     bins = pack([len(row.input_ids) for row in rows], capacity=90)
-    return [
-        PackedRow(*(np.concatenate([rows[i][part] for i in chosen]) for part in range(3)),  # type: ignore[arg-type]
-                  tuple(key for i in chosen for key in rows[i].keys))
-        for chosen in bins
-    ]
+    return [join([rows[i] for i in chosen]) for chosen in bins]
 
 
 @torch.no_grad()

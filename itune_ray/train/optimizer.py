@@ -1,6 +1,7 @@
 """AdamW, and Muon for hidden matrices with AdamW for the rest, behind one small front."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,8 @@ def _adamw(parameters: Iterable[nn.Parameter], config: AdamwConfig) -> torch.opt
 def _muon(model: nn.Module, trainable: dict[str, nn.Parameter], config: MuonConfig) -> list[torch.optim.Optimizer]:
     """Muon orthogonalises the update of hidden matrices; embeddings and the head are look-up tables, not such maps."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "module", model).get_output_embeddings()
+    plain: Any = getattr(model, "module", model)
+    head = plain.get_output_embeddings()
     tables |= {id(p) for p in head.parameters()} if head is not None else set()
     hidden = [p for p in trainable.values() if p.ndim == 2 and id(p) not in tables]
     rest = [p for p in trainable.values() if p.ndim != 2 or id(p) in tables]

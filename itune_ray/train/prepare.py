@@ -97,9 +97,9 @@ def write_prepared(
         tokenised: `TOKENISED_SCHEMA`.
         unread: Outcomes of rows that never got as far as tokenising.
     """
-    documents = tokenised.filter(pc.is_null(tokenised["rejection"]))
+    documents = tokenised.filter(pc.field("rejection").is_null())
     rejected = [outcome.to_row() for outcome in unread]
-    rejected += [json.loads(text) for text in pc.drop_null(tokenised["rejection"]).to_pylist()]
+    rejected += [json.loads(text) for text in tokenised["rejection"].drop_null().to_pylist()]
     rejected.sort(key=lambda row: row["key"])
     counts = dict(sorted(Counter(str(row["reason"] or row["cause"]) for row in rejected).items()))
     stage = Folder.at(stage_dir)

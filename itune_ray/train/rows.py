@@ -1,11 +1,13 @@
 """The rows of a training job: a weighted union of sources (survey eq. 5)."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from itune_ray.config.shared import MixturePart
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.errors import DataError
 
 
 def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:
@@ -13,6 +15,9 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
 
     A row's weight is its own times its part's. Where parts differ in priority, a row whose content a part of higher
     priority holds too is rejected as `duplicate`; equal rows within one priority are the user's wish.
+
+    Raises:
+        DataError: Two rows have the same key, which would tie their places in the training order together.
     """
     from itune_ray.data.sources import read_source
 
@@ -32,6 +37,13 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
                     rows.append(dataclasses.replace(record, weight=record.weight * part.weight))
                     held_here.add(record.content_hash)
         held_above |= held_here
+    twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    if twice:
+        raise DataError(
+            "two parts of the data yield rows of the same key", got=twice[0],
+            allowed="each source once (weight repeats its rows) or sources of different names",
+            knob="data.N.source.name",
+        )
     return rows, rejected
 
 

@@ -161,7 +161,8 @@ def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
         return tokenise((Record.from_row(row) for row in table.to_pylist()), job, renderer)
 
     tokenised = rows.map_batches(tokenise_block, batch_format="pyarrow", batch_size=ROWS_PER_BLOCK)
-    tables = [table for table in ray.get(tokenised.to_arrow_refs()) if table.num_rows]
+    references: list[Any] = tokenised.to_arrow_refs()
+    tables: list[pa.Table] = [table for table in ray.get(references) if table.num_rows]
     return pa.concat_tables([t.cast(TOKENISED_SCHEMA) for t in tables] or [TOKENISED_SCHEMA.empty_table()])
 
 
@@ -200,7 +201,7 @@ def fit(
     try:
         with _relayed(board, on_progress):
             _fit(trainer)
-        error = ray.get(board.failure.remote())
+        error: Any = ray.get(board.failure.remote())
         if error is not None:
             raise error
     finally:

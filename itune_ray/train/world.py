@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def ensure_process_group(timeout_s: float = 600) -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+            backend, store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
         )
 
 

@@ -4,6 +4,8 @@ Counts are taken after the shift, so a document's first token is in neither sum 
 a micro-batch both sums are zero and stay connected to the graph.
 """
 
+from collections.abc import Mapping
+
 from itune_ray.config.train import SftConfig
 from itune_ray.data.batches import IGNORED, Batch
 from itune_ray.model.logprobs import TokenScores
@@ -14,7 +16,7 @@ class Sft:
     """Negative log-likelihood per supervised token; reports the mean entropy of the predictions beside it."""
 
     needs: tuple[str, ...] = ()
-    coefficients = {"nll": 1.0}
+    coefficients: Mapping[str, float] = {"nll": 1.0}
 
     def __init__(self, config: SftConfig):
         self.config = config

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from itune_ray.model.merge import whole
 from itune_ray.train.optimizer import Optimizers
 
 
@@ -64,5 +65,4 @@ def clip_gradients(parameters: list[nn.Parameter], clip_norm: float | None) -> f
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    whole = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
-    return float(whole)
+    return float(whole(norm))
