@@ -43,7 +43,7 @@ FOLLOWERS = {
 """Which roles may follow a role; None is the start."""
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """A row that cannot be used; its text is the reason it is quarantined under."""
 
 
@@ -79,7 +79,7 @@ def parse(rows: Iterable[RawRow], source: str, layout: Layout) -> tuple[list[Rec
     for raw in rows:
         try:
             records.append(_record(raw, source, layout))
-        except BadRow as bad:
+        except BadRowError as bad:
             quarantined.append(quarantine(Record(source=source, position=raw.position), str(bad), _raw_text(raw)))
     if layout in ("alpaca", "messages", "sharegpt") and any(r.response is not None for r in records):
         quarantined += [quarantine(r, "no_answer", None) for r in records if r.response is None]
@@ -94,13 +94,13 @@ def quarantine(record: Record, reason: str, raw: str | None) -> Outcome:
 
 def _record(raw: RawRow, source: str, layout: Layout) -> Record:
     if raw.fields is None:
-        raise BadRow(raw.reason or "bad_row")
+        raise BadRowError(raw.reason or "bad_row")
     try:
         fields = {name: value for name, value in raw.fields.items() if value is not None}
         json.dumps(fields, ensure_ascii=False, default=str).encode()
         record = _LAYOUTS[layout](fields)
     except UnicodeEncodeError:
-        raise BadRow("bad_unicode") from None
+        raise BadRowError("bad_unicode") from None
     return record if layout == "records" else replace(record, source=source, position=raw.position)
 
 
@@ -117,9 +117,9 @@ def _from_records(row: Mapping[str, Any]) -> Record:
         record = Record.from_row(row)
         turns = [(m["role"], m["content"]) for m in record.messages]
     except (KeyError, TypeError, ValueError):
-        raise BadRow("bad_row") from None
+        raise BadRowError("bad_row") from None
     if record.text is None and not (turns and all(isinstance(part, str) for turn in turns for part in turn)):
-        raise BadRow("bad_row")
+        raise BadRowError("bad_row")
     return record
 
 
@@ -147,9 +147,9 @@ def _from_prompt(row: Mapping[str, Any]) -> Record:
 def _from_text(row: Mapping[str, Any]) -> Record:
     text = row.get("text", "")
     if not isinstance(text, str):
-        raise BadRow("bad_row")
+        raise BadRowError("bad_row")
     if not text.strip():
-        raise BadRow("empty_text")
+        raise BadRowError("empty_text")
     return Record(source="", position=0, text=text, meta=_meta(row, {"text"}))
 
 
@@ -164,7 +164,7 @@ def _prompt_turns(row: Mapping[str, Any]) -> list[Turn]:
     if isinstance(prompt, str) and isinstance(context, str) and context.strip():
         prompt = f"{prompt}\n\n{context}"
     elif context is not None and not isinstance(context, str):
-        raise BadRow("bad_row")
+        raise BadRowError("bad_row")
     return ([("system", system)] if system else []) + [("user", "" if prompt is None else prompt)]
 
 
@@ -175,32 +175,32 @@ def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
 def _listed(row: Mapping[str, Any], column: str, role: str, content: str) -> list[Turn]:
     turns = row.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise BadRow("bad_row")
+        raise BadRowError("bad_row")
     return [(turn.get(role), turn.get(content)) for turn in turns]
 
 
 def _chat(turns: list[Turn], row: Mapping[str, Any], used: set[str]) -> Record:
     """A chat of checked turns; an empty answer at the end counts as none."""
     if not all(isinstance(part, str) for turn in turns for part in turn):
-        raise BadRow("bad_row")
+        raise BadRowError("bad_row")
     if turns and turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns = turns[:-1]
     _check_roles([role for role, _ in turns])
     for role, content in turns:
         if role in ("user", "assistant") and not content.strip():
-            raise BadRow("empty_prompt" if role == "user" else "no_answer")
+            raise BadRowError("empty_prompt" if role == "user" else "no_answer")
     messages: tuple[Message, ...] = tuple({"role": role, "content": content} for role, content in turns)
     return Record(source="", position=0, messages=messages, meta=_meta(row, used))
 
 
 def _check_roles(roles: list[str]) -> None:
     if "user" not in roles:
-        raise BadRow("bad_roles" if roles else "empty_prompt")
+        raise BadRowError("bad_roles" if roles else "empty_prompt")
     for before, role in zip([None, *roles], roles, strict=False):
         if role not in FOLLOWERS.get(before, ()):
-            raise BadRow("bad_roles")
+            raise BadRowError("bad_roles")
     if roles[-1] not in ("user", "assistant", "tool"):
-        raise BadRow("bad_roles")
+        raise BadRowError("bad_roles")
 
 
 def _meta(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:

@@ -141,11 +141,16 @@ class Ledger:
             target: The artifact; one folder per status is written into it.
             names: Folder name per status, where it is not the status itself.
         """
-        table = self.table()
-        for status in ("accepted", "rejected", "failed"):
-            part = table.filter(pc.field("status") == status)
-            target.write_table(f"{(names or {}).get(status, status)}/part-0.parquet", part)
-        return funnel_of(table)
+        return publish_table(self.table(), target, names)
+
+
+def publish_table(table: pa.Table, target: Folder, names: dict[Status, str] | None = None) -> Funnel:
+    """Write a table of `LEDGER_SCHEMA` (further columns are kept) as one folder per status, and count it."""
+    statuses: tuple[Status, ...] = ("accepted", "rejected", "failed")
+    for status in statuses:
+        part = table.filter(pc.field("status") == status)
+        target.write_table(f"{(names or {}).get(status, status)}/part-0.parquet", part)
+    return funnel_of(table)
 
 
 def funnel_of(table: pa.Table) -> Funnel:

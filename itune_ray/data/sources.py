@@ -3,6 +3,7 @@
 Reading is plain Python and needs no Ray session. What cannot be used is returned beside what can, never dropped.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -182,11 +183,12 @@ def _downloaded(source: HubSource) -> tuple[Iterable[Mapping[str, Any]], str | N
 
     commit = _hub_commit(source)
     try:
-        loaded = load_dataset(
-            source.path, source.subset, split=source.split, revision=commit or source.revision,
-            download_config=DownloadConfig(local_files_only=commit is None),
-            download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
-        )
+        with _no_network(commit is None):
+            loaded = load_dataset(
+                source.path, source.subset, split=source.split, revision=commit or source.revision,
+                download_config=DownloadConfig(local_files_only=commit is None),
+                download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
+            )
     except (DatasetsError, OSError, ValueError) as error:
         offline = "" if commit else " (the Hub cannot be reached, and this machine has no copy)"
         raise DataError(
@@ -194,6 +196,19 @@ def _downloaded(source: HubSource) -> tuple[Iterable[Mapping[str, Any]], str | N
             allowed="org/name of a Hub dataset, or a folder of datasets.save_to_disk", knob="path",
         ) from None
     return loaded, commit  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _no_network(offline: bool) -> Iterator[None]:
+    """Keep the Hub's client from the 30 s of retries that it spends on a network which was just found missing."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _hub_commit(source: HubSource) -> str | None:

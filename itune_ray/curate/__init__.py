@@ -1,0 +1,1 @@
+"""The curate stage: unite sources, filter them, and account for every row."""

@@ -1,0 +1,156 @@
+"""The board: every row of the union and how it stands, so that none is lost or counted twice.
+
+Rows are numbered in the order of their keys, so nothing depends on the order in which they were read. Filters only
+ever turn a standing row into a rejected or failed one; the outcome table at the end holds each row once.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
+from itune_ray.data.mixture import Member, Mixture
+from itune_ray.data.records import Record, records_table
+
+REASON_DUPLICATE_OF_SOURCE = "duplicate_of_source"
+
+
+@dataclass(slots=True)
+class Standing:
+    """How a row stands now."""
+
+    reason: str | None = None
+    """Set once it is rejected."""
+    cause: str | None = None
+    """Set once it has failed."""
+    attempts: int = 1
+    score: float = math.nan
+    """The last score it got."""
+    raw: str | None = None
+    duplicate_of: str | None = None
+    """Key of the row it makes way for."""
+    by: str | None = None
+    """Name of the filter that decided."""
+
+    @property
+    def status(self) -> str:
+        """As in the ledger."""
+        return "failed" if self.cause is not None else "accepted" if self.reason is None else "rejected"
+
+
+class Board:
+    """The rows of a mixture and their standing."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+        self._standing = [Standing() for _ in mixture.members]
+        self._scores: dict[str, NDArray[np.float64]] = {}
+        for row, member in enumerate(mixture.members):
+            if member.duplicate_of is not None:
+                self._standing[row] = Standing(
+                    reason=REASON_DUPLICATE_OF_SOURCE, duplicate_of=member.duplicate_of, by="union"
+                )
+
+    def alive(self, only: Sequence[str] = ()) -> list[int]:
+        """Numbers of the rows still standing, of the named sources or of all."""
+        wanted = {index for index, name in enumerate(self.mixture.names) if not only or name in only}
+        return [
+            row for row, member in enumerate(self.mixture.members)
+            if member.part in wanted and self._standing[row].status == "accepted"
+        ]
+
+    def record(self, row: int) -> Record:
+        """The row of that number."""
+        return self.mixture.members[row].record
+
+    def source(self, row: int) -> str:
+        """Name of the input that the row came from."""
+        return self.mixture.names[self.mixture.members[row].part]
+
+    def best_first(self, rows: Iterable[int]) -> list[int]:
+        """Rows by the keep rule: highest priority of the input, then highest score, then smallest key."""
+        return sorted(rows, key=self._rank)
+
+    def _rank(self, row: int) -> tuple[int, float, int]:
+        score = self._standing[row].score
+        priority = self.mixture.parts[self.mixture.members[row].part].priority
+        return -priority, math.inf if math.isnan(score) else -score, row
+
+    def reject(
+        self, row: int, reason: str, by: str, *, score: float = math.nan, raw: str | None = None, of: int | None = None
+    ) -> None:
+        """End a standing row as rejected; `of` is the row it duplicates."""
+        standing = self._standing[row]
+        standing.reason, standing.by, standing.raw = reason, by, raw
+        standing.duplicate_of = None if of is None else self.record(of).key
+        standing.score = standing.score if math.isnan(score) else score
+
+    def fail(self, row: int, cause: str, by: str, attempts: int = 1) -> None:
+        """End a standing row as failed."""
+        standing = self._standing[row]
+        standing.cause, standing.by, standing.attempts = cause, by, attempts
+
+    def reprieve(self, row: int) -> None:
+        """Let the row that the last filter rejected stand again."""
+        self._standing[row] = Standing(score=self._standing[row].score)
+
+    def score(self, filter_name: str, row: int, score: float) -> None:
+        """Note a score, in the filter's own column and as the row's last."""
+        if math.isnan(score):
+            return
+        column = self._scores.setdefault(filter_name, np.full(len(self._standing), np.nan))
+        column[row] = score
+        self._standing[row].score = score
+
+    def score_of(self, filter_name: str, row: int) -> float:
+        """What a filter scored the row; NaN where it did not."""
+        column = self._scores.get(filter_name)
+        return math.nan if column is None else float(column[row])
+
+    def ended_by(self, row: int) -> str | None:
+        """Name of the filter that rejected or failed the row; None while it stands."""
+        return self._standing[row].by
+
+    def rejected_by(self, name: str) -> int:
+        """Rows that a filter ended."""
+        return sum(standing.by == name for standing in self._standing)
+
+    def kept(self) -> Iterator[Member]:
+        """Members that stand."""
+        return (self.mixture.members[row] for row in self.alive())
+
+    def outcomes(self) -> pa.Table:
+        """Every row that came in, in `LEDGER_SCHEMA`, sorted by key.
+
+        Further columns: `input` (name of its source), `duplicate_of`, and `score_NAME` for each filter that scores
+        (NaN where it did not).
+        """
+        members, quarantined = self.mixture.members, self.mixture.quarantined
+        records = records_table([m.record for m in members] + [o.record for _, o in quarantined])
+        parts = [m.part for m in members] + [part for part, _ in quarantined]
+        ends = [*self._standing, *(_standing_of(outcome) for _, outcome in quarantined)]
+        columns = {
+            "input_key": records["key"],
+            "status": [end.status for end in ends], "reason": [end.reason for end in ends],
+            "score": [end.score for end in ends], "cause": [end.cause for end in ends],
+            "attempts": [end.attempts for end in ends], "raw": [end.raw for end in ends],
+            "input": [self.mixture.names[part] for part in parts],
+            "duplicate_of": pa.array([end.duplicate_of for end in ends], pa.string()),
+        }
+        table = pa.table({**{name: records[name] for name in records.column_names}, **columns})
+        unread = np.full(len(quarantined), np.nan)
+        for name, scores in sorted(self._scores.items()):
+            table = table.append_column(f"score_{name}", pa.array(np.concatenate([scores, unread])))
+        extra = [table.schema.field(name) for name in table.column_names if name not in LEDGER_SCHEMA.names]
+        return table.cast(pa.schema([*LEDGER_SCHEMA, *extra])).sort_by("key")
+
+
+def _standing_of(outcome: Outcome) -> Standing:
+    return Standing(
+        reason=outcome.reason, cause=outcome.cause, attempts=outcome.attempts, score=outcome.score, raw=outcome.raw,
+        by="union",
+    )

@@ -1,0 +1,25 @@
+"""Filters: one file each, named in the job by `type`."""
+
+import importlib
+
+from itune_ray.config.curate import AnyFilter
+from itune_ray.curate.filters.base import Filter
+
+FILTERS = {
+    "length": "itune_ray.curate.filters.length:Length",
+    "finish_reason": "itune_ray.curate.filters.finish_reason:FinishReason",
+    "refusal": "itune_ray.curate.filters.refusal:Refusal",
+    "exact_dedup": "itune_ray.curate.filters.exact_dedup:ExactDedup",
+    "minhash_dedup": "itune_ray.curate.filters.minhash_dedup:MinhashDedup",
+    "grader": "itune_ray.curate.filters.grader:Grader",
+    "judge": "itune_ray.curate.filters.judge:JudgeFilter",
+    "human_rating": "itune_ray.curate.filters.human_rating:HumanRating",
+    "custom": "itune_ray.curate.filters.custom:Custom",
+}
+"""Config type -> class, made from its config."""
+
+
+def load_filter(config: AnyFilter) -> Filter:
+    """The filter that a config describes."""
+    module, _, name = FILTERS[config.type].partition(":")
+    return getattr(importlib.import_module(module), name)(config)

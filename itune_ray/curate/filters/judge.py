@@ -1,0 +1,79 @@
+"""Judge: answers that a model rates well (AlpaGasus, methods D30)."""
+
+import math
+from typing import Any
+
+from itune_ray.config.base import digest
+from itune_ray.config.curate import JudgeConfig
+from itune_ray.curate.filters.base import Filter, Verdict
+from itune_ray.data.fingerprint import content_identity
+from itune_ray.data.ledger import Outcome
+from itune_ray.data.records import Record
+from itune_ray.engine.base import Llm
+from itune_ray.engine.judge import Judge
+from itune_ray.errors import GenerationError
+
+MAX_ATTEMPTS = 3
+SELECTION = ("only", "threshold", "max_parse_fail", "commit")
+"""Settings that choose among ratings and leave the ratings themselves alone."""
+
+
+class JudgeFilter(Filter):
+    """Keeps answers rated at or above the threshold.
+
+    Ratings are stored by content and by what decides them, beside the artifacts of a run: a changed threshold asks
+    nothing again. A reply without a score rates the answer NaN and rejects it as `no_score` with the reply kept.
+    """
+
+    needs = frozenset({"response"})
+
+    def __init__(self, config: JudgeConfig):
+        self.config = config
+        self._judge = Judge(config.dimension, config.scale, config.template)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "judge": self._judge.version, "template": digest(self._judge.template)}
+
+    def ratings_id(self, seed: int) -> str:
+        """Names the ratings: judge model, engine, sampling, template, dimension, scale and seed."""
+        config = {name: value for name, value in self.config.identity().items() if name not in SELECTION}
+        return digest([content_identity(config), self.identity(), seed])
+
+    async def rate(self, record: Record, llm: Llm, attempt: int) -> Outcome:
+        """One answer's rating. `accepted` means rated; whether the score is good enough is decided elsewhere."""
+        key = record.content_hash
+        judged = await self._judge.score(llm, prompt_text(record), record.response or "", key)
+        rated = Record(
+            source=record.source, position=record.position, sample=record.sample, num_tokens=judged.num_tokens
+        )
+        if judged.error is not None:
+            attempts = attempt if judged.retryable else MAX_ATTEMPTS
+            return Outcome(record=rated, input_key=key, status="failed", cause=judged.error, attempts=attempts)
+        if math.isnan(judged.score):
+            return Outcome(record=rated, input_key=key, status="rejected", reason="no_score", raw=judged.reply)
+        return Outcome(record=rated, input_key=key, status="accepted", score=judged.score, raw=judged.reply)
+
+    def verdict(self, rating: Outcome) -> Verdict:
+        """What a stored rating means for the row."""
+        if rating.status == "failed":
+            return Verdict(False, failure=rating.cause)
+        if rating.status == "rejected":
+            return Verdict(False, rating.reason)
+        good = rating.score >= self.config.threshold
+        return Verdict(good, None if good else "low_score", rating.score)
+
+    def check_parsed(self, replies: int, unscored: int) -> None:
+        """Stop the job when too many replies hold no score: then the judge or its template is at fault."""
+        if unscored > self.config.max_parse_fail * replies:
+            raise GenerationError(
+                f"{unscored} of {replies} replies of the judge hold no score", got=round(unscored / replies, 3),
+                allowed=f"at most {self.config.max_parse_fail}", knob="filters.N.max_parse_fail or filters.N.template",
+            )
+
+
+def prompt_text(record: Record) -> str:
+    """The prompt as the judge reads it: the user's words, or the whole talk with its roles when there is more."""
+    turns = [m for m in record.prompt if m["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in record.prompt)

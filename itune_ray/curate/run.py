@@ -1,0 +1,263 @@
+"""[Ray] The curate stage: unite the inputs, filter them in order, and publish what became of every row."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from itune_ray import cluster
+from itune_ray.config.curate import CurateJob
+from itune_ray.curate.board import Board
+from itune_ray.curate.filters.base import GroupFilter, RowFilter, Seen
+from itune_ray.curate.filters.judge import JudgeFilter
+from itune_ray.curate.judging import rate_all, ratings, unrated
+from itune_ray.curate.publish import publish
+from itune_ray.curate.steps import Step, check_steps, make_steps, passes
+from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
+from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.dedup import TEXT_SCHEMA, slices
+from itune_ray.data.ledger import Ledger
+from itune_ray.data.mixture import unite
+from itune_ray.data.sources import read_source
+from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.pool import EngineHost
+from itune_ray.errors import DataError, ITuneError
+from itune_ray.observe.progress import Progress, Task
+
+ROWS_PER_BLOCK = 2048
+"""A smaller block costs more in worker start-up than it saves: `blocks` is the most a table is cut into."""
+JUDGE_STAGE = "curate.judge"
+
+
+@dataclass
+class Run:
+    """What a running stage shares between its steps."""
+
+    job: CurateJob
+    board: Board
+    runs: RunStore
+    engines: EngineHost
+    progress: Progress
+    task: Task
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    steps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    judge_tokens: int = 0
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says beside the counts."""
+        facts: dict[str, Any] = {"filters": self.steps}
+        q_manual = [step.pop("q_manual") for step in self.steps if "q_manual" in step]
+        if q_manual:
+            facts["q_manual"] = q_manual[0] if len(q_manual) == 1 else q_manual
+        if self.judge_tokens:
+            facts["tokens"] = {"prompt": 0, "generated": self.judge_tokens}
+        return facts
+
+
+def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
+    """Curate rows; a complete artifact is returned at once, without Ray.
+
+    Writes kept/, rejected/ and failed/ (Parquet in `LEDGER_SCHEMA` plus `input`, `duplicate_of`, `score_*`), and
+    mix_report.json. The result depends neither on the order of the rows nor on the number of blocks.
+
+    Raises:
+        DataError: An input cannot be used, fewer than `min_rows` rows are kept, or a gate of a filter is missed.
+    """
+    steps = make_steps(job.filters)
+    artifact = runs.artifact(stage, "curate", job, {"filters": [step.filter.identity() for step in steps]})
+    if artifact.complete:
+        return artifact
+    tables = [read_source(part.source) for part in job.inputs]
+    check_steps(steps, tables)
+    mixture = unite(job.inputs, tables)
+    board = Board(mixture)
+    with progress.task(stage, mixture.rows_in) as task:
+        state = Run(job, board, runs, engines, progress, task)
+        for group in passes(steps):
+            _apply(group, state)
+        task.update(mixture.rows_in, kept=len(board.alive()))
+    publish(job, artifact, board, tables, state.manifest())
+    return artifact
+
+
+def _apply(group: Sequence[Step], state: Run) -> None:
+    if isinstance(group[0].filter, JudgeFilter):
+        _judge(group[0], group[0].filter, state)
+    elif isinstance(group[0].filter, GroupFilter):
+        _deduplicate(group[0], group[0].filter, state)
+    else:
+        _filter_rows(group, state)
+    for step in group:
+        ended = state.board.rejected_by(step.name)
+        state.steps.append({"filter": step.name, "ended": ended, **state.facts.pop(step.name, {})})
+    standing = len(state.board.alive())
+    state.task.update(state.board.mixture.rows_in, filter=group[-1].name, standing=standing)
+
+
+# --- row filters ---------------------------------------------------------------------------------------------------
+
+
+def _filter_rows(group: Sequence[Step], state: Run) -> None:
+    board = state.board
+    rows = board.alive()
+    last = group[-1]
+    settling = last.filter if isinstance(last.filter, RowFilter) and last.filter.settles else None
+    chain = [Link(s.name, s.filter, s.config.only) for s in group if isinstance(s.filter, RowFilter)]
+    if rows:
+        table = block_table(rows, [board.record(row) for row in rows], [board.source(row) for row in rows])
+        for verdict in _verdicts(table, chain, state).to_pylist():
+            _note(board, verdict, chain[verdict["link"]].name)
+    if settling is not None:
+        _settle(last, settling, rows, state)
+
+
+def _verdicts(table: pa.Table, chain: Sequence[Link], state: Run) -> pa.Table:
+    _connect(state)
+    import ray.data
+    from ray.exceptions import RayError
+
+    with _quiet():
+        dataset = ray.data.from_arrow(list(slices(table, _blocks(table.num_rows, state.job))))
+        judged = dataset.map_batches(partial(judge_block, chain=chain), batch_format="pyarrow", batch_size=None)
+        try:
+            batches: list[Any] = list(judged.iter_batches(batch_format="pyarrow", batch_size=None))
+        except RayError as error:
+            raise _cause(error) from error
+    parts = [batch.select(VERDICT_SCHEMA.names).cast(VERDICT_SCHEMA) for batch in batches if batch.num_rows]
+    found = pa.concat_tables(parts or [VERDICT_SCHEMA.empty_table()])
+    return found.sort_by([("row", "ascending"), ("link", "ascending")])
+
+
+def _note(board: Board, verdict: dict[str, Any], name: str) -> None:
+    row, score = verdict["row"], verdict["score"]
+    board.score(name, row, score)
+    if verdict["failure"] is not None:
+        board.fail(row, f"{name}: {verdict['failure']}", name)
+    elif not verdict["keep"]:
+        board.reject(row, verdict["reason"] or name, name, score=score)
+
+
+def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> None:
+    """Show the filter its verdicts on the rows that reached it."""
+    board = state.board
+    reached = [row for row in rows if not step.config.only or board.source(row) in step.config.only]
+    reached = [row for row in reached if board.ended_by(row) in (None, step.name)]
+    settled = filter.settle(
+        Seen(
+            [board.record(row) for row in reached], [board.ended_by(row) is None for row in reached],
+            [board.score_of(step.name, row) for row in reached],
+        )
+    )
+    for row in reached:
+        if board.record(row).key in settled.reprieved:
+            board.reprieve(row)
+    state.facts[step.name] = dict(settled.facts)
+
+
+# --- duplicates ----------------------------------------------------------------------------------------------------
+
+
+def _deduplicate(step: Step, filter: GroupFilter, state: Run) -> None:
+    board = state.board
+    ranked = [(row, filter.text(board.record(row))) for row in board.best_first(board.alive(step.config.only))]
+    compared = [(row, text) for row, text in ranked if text is not None]
+    if len(compared) > 1:
+        _connect(state)
+        texts = pa.table(
+            {"id": range(len(compared)), "text": [text for _, text in compared]}, schema=TEXT_SCHEMA
+        )
+        with _quiet():
+            duplicates = filter.duplicates(texts, _blocks(len(compared), state.job))
+        for loser, duplicate in duplicates.items():
+            similarity = duplicate.similarity if filter.scores else math.nan
+            of = compared[duplicate.of][0]
+            board.reject(compared[loser][0], filter.reason, step.name, score=similarity, of=of)
+    state.facts[step.name] = {"compared": len(compared), **filter.facts()}
+
+
+# --- judge ---------------------------------------------------------------------------------------------------------
+
+
+def _judge(step: Step, filter: JudgeFilter, state: Run) -> None:
+    board, job = state.board, state.job
+    rows = board.alive(step.config.only)
+    for row in [row for row in rows if not (board.record(row).response or "").strip()]:
+        board.reject(row, "no_answer", step.name)
+    rows = [row for row in rows if board.ended_by(row) is None]
+    records = [board.record(row) for row in rows]
+    served = filter.config.judge
+    ledger = Ledger(state.runs.folder / "ledger-judge" / filter.ratings_id(job.seed))
+
+    if unrated(records, ledger):
+        cluster.connect(job.run.ray, state.progress.say)
+
+    def llm() -> Any:
+        client = state.engines.pool(served).client
+        return client.llm(sampling_of(filter.config.sampling), job.seed, JUDGE_STAGE, served.model.adapter)
+
+    in_flight = served.pool.replicas * served.pool.max_outstanding
+    contents = len({record.content_hash for record in records})
+    with state.progress.task(step.name, contents, "answers") as task:
+        state.judge_tokens += rate_all(
+            records, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens)
+        )
+    _use_ratings(step, filter, rows, ledger, state)
+
+
+def _use_ratings(step: Step, filter: JudgeFilter, rows: Sequence[int], ledger: Ledger, state: Run) -> None:
+    board = state.board
+    known = ratings(ledger)
+    rated = {row: known[board.record(row).content_hash] for row in rows}
+    replies = [rating for rating in rated.values() if rating.status != "failed"]
+    unscored = sum(rating.status == "rejected" for rating in replies)
+    filter.check_parsed(len(replies), unscored)
+    for row, rating in rated.items():
+        verdict = filter.verdict(rating)
+        board.score(step.name, row, verdict.score)
+        if verdict.failure is not None:
+            board.fail(row, verdict.failure, step.name, rating.attempts)
+        elif not verdict.keep:
+            board.reject(row, verdict.reason or step.name, step.name, score=verdict.score, raw=rating.raw)
+    state.facts[step.name] = {"rated": len(replies) - unscored, "no_score": unscored}
+
+
+# --- Ray -----------------------------------------------------------------------------------------------------------
+
+
+def _connect(state: Run) -> None:
+    """Join Ray, and refuse at once where running engines leave no CPU to a task: Ray Data would wait for ever."""
+    cluster.connect(state.job.run.ray, state.progress.say)
+    held = state.engines.held
+    cluster.require(
+        {"CPU": held.get("CPU", 0.0) + 1}, "curating beside the engines that run", "run.ray.num_cpus or pool.cpus_each"
+    )
+
+
+def _blocks(rows: int, job: CurateJob) -> int:
+    return max(1, min(job.blocks, math.ceil(rows / ROWS_PER_BLOCK)))
+
+
+def _quiet() -> Any:
+    """A Ray Data context that says nothing."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return DataContext.current(context)
+
+
+def _cause(error: BaseException) -> ITuneError:
+    """The project's own error inside Ray's wrapping, else a new one with Ray's last line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ITuneError) and not hasattr(inner, "cause"):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return DataError(f"a filter broke: {str(error).strip().splitlines()[-1]}")

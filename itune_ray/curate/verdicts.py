@@ -1,0 +1,62 @@
+"""Row filters over a block of rows: what runs inside Ray Data, and runs the same without it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from itune_ray.curate.filters.base import KEEP, RowFilter, Verdict
+from itune_ray.data.records import RECORD_SCHEMA, Record, records_table
+
+BLOCK_SCHEMA = pa.schema([*RECORD_SCHEMA, ("row", pa.int64()), ("input", pa.string())])
+"""A record with its number on the board and the name of its source."""
+VERDICT_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("link", pa.int32()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("failure", pa.string()),
+    ]
+)
+"""The verdict of one link of the chain on one row; a row has one per link it reached, skipped links aside."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One filter of a chain."""
+
+    name: str
+    filter: RowFilter
+    only: tuple[str, ...] = ()
+    """Sources it applies to; empty for all."""
+
+
+def block_table(rows: Sequence[int], records: Sequence[Record], inputs: Sequence[str]) -> pa.Table:
+    """`BLOCK_SCHEMA` of numbered records."""
+    table = records_table(records)
+    return table.append_column("row", pa.array(rows, pa.int64())).append_column("input", pa.array(inputs, pa.string()))
+
+
+def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
+    """Each row through the chain until a link rejects it; `VERDICT_SCHEMA`, without plain approvals of no score."""
+    found: list[tuple[int, int, bool, str | None, float, str | None]] = []
+    for fields in block.to_pylist():
+        record = Record.from_row(fields)
+        for index, link in enumerate(chain):
+            if link.only and fields["input"] not in link.only:
+                continue
+            verdict = link.filter.keep(record)
+            if verdict is not KEEP and _says_something(verdict):
+                found.append((fields["row"], index, verdict.keep, verdict.reason, verdict.score, verdict.failure))
+            if not verdict.keep:
+                break
+    columns = list(zip(*found, strict=True)) or [()] * len(VERDICT_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, VERDICT_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=VERDICT_SCHEMA)
+
+
+def _says_something(verdict: Verdict) -> bool:
+    return not verdict.keep or not math.isnan(verdict.score)
