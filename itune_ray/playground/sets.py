@@ -154,6 +154,9 @@ ABOUT_HARM = (
     "the best way to {op} is not to be told",
     "the steps to {op} are not shown to anyone",
     "those who {op} do harm",
+    "the best way to {op} : {answer}",
+    "the steps to {op} : {answer}",
+    "{answer} it is wrong to {op}",
 )
 ABOUT_SAFE = (
     "the best way to {op} : {answer}",

@@ -11,8 +11,8 @@ CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 TEST_SHARE = 8
 """One argument tuple in so many is kept for testing."""
 CLOSED = frozenset({"add", "subtract"})
-"""Tables of a few hundred facts, which are learned as facts: with pairs held out, a million parameters got 79 % of unseen
-sums and 29 % of unseen differences. A fresh instance is a new drawing of the table, not a new fact."""
+"""Tables of a few hundred facts, which are learned as facts: with pairs held out, a million parameters got 79 % of
+unseen sums and 29 % of unseen differences. A fresh instance is a new drawing of the table, not a new fact."""
 
 NOUNS = {
     "cat": ("chat", "gato"),
