@@ -80,6 +80,8 @@ class GraderConfig(FilterConfig):
 class JudgeConfig(FilterConfig):
     """Rate each answer with a model and keep the good ones (AlpaGasus, methods D30)."""
 
+    beside_identity = frozenset({"commit"})
+
     type: Literal["judge"] = "judge"
     judge: ServedModel
     dimension: str = "accuracy"

@@ -20,6 +20,10 @@ from itune_ray.errors import ConfigError
 PATH_KEYS = frozenset({"path", "adapter", "tokenizer", "chat_template", "template", "import_path", "inputs"})
 """Config keys whose values name an input."""
 
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+SAMPLED_ABOVE = 64 * 2**20
+"""Bytes of a weight file above which it is sampled."""
+
 PLAYGROUND = Path(__file__).parents[1] / "playground"
 
 
@@ -32,17 +36,17 @@ def content_identity(tree: Any, key: str = "") -> Any:
         return replaced
     if isinstance(tree, list):
         return [content_identity(item, key) for item in tree]
-    return fingerprint(tree) if key in PATH_KEYS and isinstance(tree, str) else tree
+    if key not in PATH_KEYS or not isinstance(tree, str):
+        return tree
+    return source_identity(tree) if key == "import_path" else fingerprint(tree)
 
 
 def fingerprint(path: str) -> str:
-    """What a path, an import path or a name stands for; see the module docstring. An inline template is itself."""
+    """What a path or a name stands for; see the module docstring. An inline template is itself."""
     if "{" in path or "\n" in path:
         return path
     if path.startswith("playground://"):
         return "sha256:" + _files_digest(str(PLAYGROUND / "models" / path.removeprefix("playground://")), "*")
-    if "://" not in path and ":" in path:
-        return "source:" + _source_digest(path)
     folder = Folder.at(path)
     if "://" not in path and not folder.exists():
         return path
@@ -50,6 +54,11 @@ def fingerprint(path: str) -> str:
     if inside is not None:
         return f"artifact:{inside}"
     return "sha256:" + (_files_digest(folder.path, "*") if folder.is_local else _remote_digest(folder))
+
+
+def source_identity(import_path: str) -> str:
+    """What `module:name` stands for: the source of its module."""
+    return "source:" + _source_digest(import_path)
 
 
 def artifact_of(folder: Folder) -> str | None:
@@ -62,7 +71,6 @@ def artifact_of(folder: Folder) -> str | None:
     return None
 
 
-@functools.cache
 def _files_digest(path: str, pattern: str) -> str:
     """Hash of the names and bytes of a file, or of all matching files below a folder."""
     root = Path(path)
@@ -71,10 +79,32 @@ def _files_digest(path: str, pattern: str) -> str:
     for file in files:
         if "__pycache__" in file.parts:
             continue
+        state = file.stat()
         total.update(str(file.relative_to(root)).encode())
-        with open(file, "rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+        total.update(_file_digest(file, state.st_size, state.st_mtime_ns, state.st_ino))
     return total.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(file: Path, size: int, mtime_ns: int, inode: int) -> bytes:
+    """Hash of a file's bytes. The arguments after the first make a changed file another entry of the cache.
+
+    Of large weight files the size and samples stand for the whole, as in `data.hub`: reading 140 GB to name a model
+    would take minutes. Rows are always read whole.
+    """
+    if file.suffix in WEIGHTS and size > SAMPLED_ABOVE:
+        return _sampled_digest(file, size)
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _sampled_digest(file: Path, size: int) -> bytes:
+    content = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        for offset in range(0, size, size // 64):  # the first sample holds a safetensors header
+            stream.seek(offset)
+            content.update(stream.read(2**20 if offset == 0 else 2**14))
+    return content.digest()
 
 
 def _remote_digest(folder: Folder) -> str:

@@ -5,6 +5,7 @@ inputs of committed outcomes never reach an engine again, whether they were acce
 driven again until their attempts are spent; the later outcome of the same input replaces the earlier one.
 """
 
+import re
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from itune_ray.data.records import RECORD_SCHEMA, Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
 
+_COMMIT = re.compile(r"commit-\d{6}\.parquet")
 Status = Literal["accepted", "rejected", "failed"]
 
 LEDGER_SCHEMA = pa.schema(
@@ -101,7 +103,7 @@ class Ledger:
 
     def __init__(self, folder: Folder):
         self._folder = folder
-        self._commits = len([n for n in folder.names() if n.startswith("commit-")])
+        self._commits = max((int(n[7:-8]) + 1 for n in folder.names() if _COMMIT.fullmatch(n)), default=0)
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Make outcomes durable in one atomic file. All outcomes of an input must be in one commit."""
@@ -115,7 +117,7 @@ class Ledger:
         if self._commits == 0:
             return LEDGER_SCHEMA.empty_table()
         parts: list[pa.Table] = []
-        for index, name in enumerate(n for n in self._folder.names() if n.startswith("commit-")):
+        for index, name in enumerate(n for n in self._folder.names() if _COMMIT.fullmatch(n)):
             part = self._folder.read_table(name).cast(LEDGER_SCHEMA)
             parts.append(part.append_column("commit", pa.array([index] * part.num_rows, pa.int32())))
         joined = pa.concat_tables(parts)

@@ -3,6 +3,7 @@
 Writes are atomic: a local file is written beside its place and renamed; an object store makes a PUT visible whole.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -62,16 +63,15 @@ class Folder:
     def read_bytes(self, name: str) -> bytes:
         """The whole file."""
         try:
-            with self.fs.open_input_stream(self._at(name)) as stream:
+            with self.fs.open_input_stream(self._at(name), compression=None) as stream:
                 return stream.read()
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file whole or not at all."""
-        for sink in self._publish(name):
-            with self.fs.open_output_stream(sink) as stream:
-                stream.write(data)
+        with self._published(name) as sink, self.fs.open_output_stream(sink, compression=None) as stream:
+            stream.write(data)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""
@@ -95,9 +95,10 @@ class Folder:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """A Parquet file, whole or not at all."""
-        for sink in self._publish(name):
-            pq.write_table(table, sink, filesystem=self.fs, compression="zstd")
+        """A Parquet file, whole or not at all; encoded in memory, since a store publishes even a stream that broke."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue())
 
     def append_line(self, name: str, line: str) -> None:
         """Add a line to a small log; on an object store, which cannot append, the file is written anew."""
@@ -120,8 +121,9 @@ class Folder:
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
-    def _publish(self, name: str) -> Iterator[str]:
-        """Yield the path to write to, then make what was written there visible under `name`."""
+    @contextlib.contextmanager
+    def _published(self, name: str) -> Iterator[str]:
+        """The path to write to; what was written there becomes visible under `name` when the block ends well."""
         target = self._at(name)
         try:
             self.fs.create_dir(os.path.dirname(target), recursive=True)

@@ -8,7 +8,7 @@ from typing import Any
 from itune_ray.config.curate import GraderConfig
 from itune_ray.curate.filters.base import RowFilter, Verdict
 from itune_ray.curate.filters.custom import load, without_cache
-from itune_ray.data.fingerprint import fingerprint
+from itune_ray.data.fingerprint import source_identity
 from itune_ray.data.records import Record
 from itune_ray.errors import ConfigError, did_you_mean
 
@@ -34,7 +34,7 @@ class Grader(RowFilter):
             )
 
     def identity(self) -> dict[str, Any]:
-        source = {} if self._location in GRADERS else {"source": fingerprint(self._location)}
+        source = {} if self._location in GRADERS else {"source": source_identity(self._location)}
         return {**super().identity(), **source}
 
     def __getstate__(self) -> dict[str, Any]:
