@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from itune_ray.engine.base import EngineDiedError
 from itune_ray.engine.orphans import kill_children_when_i_die
+from itune_ray.engine.scoring import score_under_own_adapter
 from itune_ray.engine.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 class Backend(Protocol):
     """The two ways to drive vLLM."""
+
+    scores_under_adapters: bool
+    """Whether prompt log-probabilities are right beside an adapter on the head; see `scoring`."""
 
     @property
     def max_model_len(self) -> int:
@@ -44,10 +48,14 @@ class Backend(Protocol):
 class InProcessBackend:
     """`LLMEngine` stepped by a thread of this process."""
 
+    scores_under_adapters = True
+
     def __init__(self, args: "AsyncEngineArgs"):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._engine = LLMEngine.from_engine_args(args)
+        if args.enable_lora:
+            self._engine.collective_rpc(lambda worker: score_under_own_adapter(worker.model_runner))
         self._stepper = Stepper(self._engine)
 
     @property
@@ -78,6 +86,8 @@ class InProcessBackend:
 
 class AsyncBackend:
     """`AsyncLLM`: the engine core in a process of its own, so that tokenising overlaps with the accelerator."""
+
+    scores_under_adapters = False
 
     def __init__(self, args: "AsyncEngineArgs"):
         from vllm.v1.engine.async_llm import AsyncLLM

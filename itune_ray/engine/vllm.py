@@ -6,8 +6,10 @@ engine, so chunking is off there and the seeds stay; thread binding costs a fact
 
 import asyncio
 import os
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
@@ -16,6 +18,7 @@ from itune_ray.engine.adapters import AdapterSlots
 from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, one_line
 from itune_ray.engine.base import Completion, EngineDiedError, FinishReason, Request, Sample, Sampling
 from itune_ray.engine.prompts import BadPromptError, PromptEncoder
+from itune_ray.engine.token_rows import servable_adapter
 from itune_ray.errors import ITuneError, ModelError
 
 if TYPE_CHECKING:
@@ -60,6 +63,9 @@ class VllmEngine:
         encoder = load_tokenizer(tokenizer, model)
         self._backend = _load(config, model, folder.path, tokenizer)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
+        self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
+        self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
+        self._scratch = tempfile.TemporaryDirectory(prefix="itune-adapters-")
         self._loaded: dict[int, LoRARequest] = {}
         self._adapters = AdapterSlots(config.max_adapters, self._load_adapter, self._backend.remove_lora)
 
@@ -90,6 +96,7 @@ class VllmEngine:
         try:
             ids = self._prompts.encode(request)
             async with self._lora(request.adapter) as lora:
+                self._check_scoring(request.sampling)
                 output = await self._backend.complete(_tokens(ids), sampling_params(request.sampling), lora)
         except EngineDiedError:
             raise
@@ -98,6 +105,13 @@ class VllmEngine:
         except Exception as error:  # noqa: BLE001  vLLM refuses a single request with many kinds of errors
             return Completion(id=request.id, error=f"invalid_request: {one_line(error)}")
         return completion_of(request, output)
+
+    def _check_scoring(self, sampling: Sampling) -> None:
+        """Where nothing corrects it (`scoring`), an adapter on the head would leak into other rows' prompts."""
+        if sampling.prompt_logprobs is not None and self._has_head_adapters and not self._backend.scores_under_adapters:
+            raise BadPromptError(
+                "unsupported: prompt log-probabilities beside an adapter with trained token rows; serve the merged model"
+            )
 
     @asynccontextmanager
     async def _lora(self, adapter: str | None) -> AsyncIterator["LoRARequest | None"]:
@@ -109,7 +123,10 @@ class VllmEngine:
 
     async def _load_adapter(self, number: int, adapter: str) -> None:
         folder = resolve(adapter, kind="adapter")
-        self._loaded[number] = _lora_request(number, f"{adapter}@{folder.fingerprint}", folder.path)
+        scratch = Path(self._scratch.name) / str(number)
+        path = servable_adapter(Path(folder.path), self._base, scratch, self._max_rank)
+        self._has_head_adapters |= path == scratch
+        self._loaded[number] = _lora_request(number, f"{adapter}@{folder.fingerprint}", str(path))
         try:
             await self._backend.add_lora(self._loaded[number])
         except (EngineDiedError, ITuneError):

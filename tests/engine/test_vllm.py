@@ -142,18 +142,32 @@ def test_prompt_logprobs_equal_hugging_face(engine, loop, hf):
 
 
 @pytest.mark.real
-def test_adapters_equal_hugging_face_with_peft(engine, loop, hf, folder, adapters):
+@pytest.mark.parametrize("trained_tokens", [(), (261, 269, 286, 403, 262)], ids=["matrices", "and token rows"])
+def test_adapters_equal_hugging_face_with_peft(engine, loop, hf, folder, tmp_path, trained_tokens):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     _, tokenizer = hf
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, adapters[0]).merge_and_unload().eval()
-    request = Request(id="p", text="The cat", sampling=GREEDY, adapter=adapters[0])
-    (completion,) = on_loop(loop, engine.generate([request]))
+    trained_tokens = tuple(i for i in trained_tokens if i < base.config.vocab_size)
+    adapter = str(lora_folder(folder, tmp_path / "adapter", 5, trained_tokens))
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    sampling = replace(GREEDY, logprobs=0, prompt_logprobs=0)
+    plain, adapted = on_loop(
+        loop,
+        engine.generate([Request(id=f"{a}", text="The cat", sampling=sampling, adapter=a) for a in (None, adapter)]),
+    )
     ids = [tokenizer.bos_token_id, *tokenizer("The cat", add_special_tokens=False)["input_ids"]]
-    assert list(completion.samples[0].token_ids) == greedy_by_hf(tuned, ids, 24)
+    made = list(adapted.samples[0].token_ids)
+    assert made == greedy_by_hf(tuned, ids, 24)
+    assert plain.samples[0].token_ids[: len(made)] == tuple(greedy_by_hf(hf[0], ids, 24))
+    with torch.no_grad():
+        expected = torch.log_softmax(tuned(torch.tensor([[*ids, *made]])).logits[0].float(), -1)
+    entries = (*adapted.prompt_logprobs[1:], *adapted.samples[0].logprobs)
+    ours = [entry[token] for token, entry in zip([*ids[1:], *made], entries, strict=True)]
+    theirs = [float(expected[i, token]) for i, token in enumerate([*ids[1:], *made])]
+    assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 @pytest.mark.real

@@ -37,17 +37,21 @@ def random_llama(target: Path) -> Path:
     return target
 
 
-def lora_folder(base: Path, target: Path, seed: int) -> Path:
-    """A LoRA adapter that changes what the model says."""
+def lora_folder(base: Path, target: Path, seed: int, trained_tokens: tuple[int, ...] = ()) -> Path:
+    """A LoRA adapter that changes what the model says, by matrices and by whole rows of tokens."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
+    rows = {"embed_tokens": list(trained_tokens)} if trained_tokens else None
+    targets = ["q_proj", "v_proj", "o_proj"]
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, trainable_token_indices=rows))
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
+        if "trainable_tokens" in name:
+            weight.data += 0.5 * torch.randn_like(weight)
     tuned.save_pretrained(str(target))
     return target
