@@ -67,7 +67,9 @@ def artifact_of(folder: Folder) -> str | None:
     for depth in range(len(parts), 0, -1):
         parent = Folder(folder.fs, "/".join(parts[:depth]), "")
         if "-" in parts[depth - 1] and parent.exists("manifest.json"):
-            return "/".join([parent.read_json("manifest.json")["id"], *parts[depth:]])
+            manifest = parent.read_json("manifest.json")
+            if isinstance(manifest, dict) and {"id", "stage", "status"} <= manifest.keys():
+                return "/".join([manifest["id"], *parts[depth:]])
     return None
 
 

@@ -67,6 +67,8 @@ class Folder:
                 return stream.read()
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
+        except OSError as error:
+            raise StorageError(f"cannot read the file: {error.strerror or error}", got=f"{self.uri}/{name}") from None
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file whole or not at all."""
@@ -75,7 +77,10 @@ class Folder:
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""
-        return json.loads(self.read_bytes(name))
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StorageError(f"the file is not valid JSON: {error}", got=f"{self.uri}/{name}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         """A value as indented JSON."""
@@ -93,6 +98,9 @@ class Folder:
             return pq.read_table(self._at(name), columns=columns, filesystem=self.fs)
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            what = f"cannot read the table: {' '.join(str(error).split())[:200]}"
+            raise StorageError(what, got=f"{self.uri}/{name}") from None
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """A Parquet file, whole or not at all; encoded in memory, since a store publishes even a stream that broke."""
