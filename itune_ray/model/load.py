@@ -70,18 +70,17 @@ def load_model(
         raise ModelError(f"the model cannot be loaded: {_first_line(error)}", got=folder, knob="model.path") from None
 
 
-def empty_model(
+def model_from_config(
     folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The same architecture with parameters on the meta device and real buffers: no memory until it is sharded."""
+    """The architecture of a folder's config.json, its weights not loaded; see `parameters_on_meta`."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model's config is unusable: {_first_line(error)}", got=folder) from None
-    with parameters_on_meta():
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
 
 
 def new_model(
@@ -103,23 +102,26 @@ def new_model(
 
 def count_parameters(ref: ModelRef) -> int:
     """Parameters of a model from its config.json alone, tied weights once."""
-    model = empty_model(
-        local_model_folder(ref).path, dtype=torch.float32, attention="eager", trust_remote_code=ref.trust_remote_code
-    )
+    folder = local_model_folder(ref).path
+    with parameters_on_meta():
+        model = model_from_config(
+            folder, dtype=torch.float32, attention="eager", trust_remote_code=ref.trust_remote_code
+        )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Put parameters, but not buffers, that are created inside on the meta device.
+    """Put parameters, but not buffers, that are created inside on the meta device, where they take no memory.
 
     Buffers such as rotary frequencies are computed in constructors and saved nowhere, so they must stay real.
+    Parameters that are on meta already pass as they are: tying two modules registers one parameter twice.
     """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
-        if param is not None:
+        if param is not None and not param.is_meta:
             meta = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
             module._parameters[name] = meta
 

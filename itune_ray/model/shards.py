@@ -1,4 +1,4 @@
-"""Pretrained weights straight from safetensors into a sharded model: each rank reads its own slices, no rank the whole.
+"""Pretrained weights straight from safetensors into a placed model: each rank reads what it holds, shard by shard.
 
 Used when the names in the files are the model's own. Where transformers converts names while loading (fused experts,
 for one), `covers` says so and the model is loaded the ordinary way before it is sharded.

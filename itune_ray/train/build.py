@@ -1,7 +1,7 @@
 """From a job's model section to a model that is ready to train: load, fused head, adapter, placement, in this order.
 
 Each step changes what the next one wraps: the head is looked up inside `forward`, PEFT wraps modules that the strategy
-then shards, and pretrained weights of a sharded model are read last, each rank its own slices.
+then shards, and pretrained weights are read last, each rank just what it holds.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
-    empty_model,
     load_model,
     load_tokenizer,
     masking_for,
+    model_from_config,
     new_model,
 )
 from itune_ray.model.logprobs import install_fused_head
@@ -97,10 +97,10 @@ def _base_model(
     arguments: dict[str, Any] = {
         "dtype": dtype, "attention": attention, "trust_remote_code": job.model.trust_remote_code
     }
-    if strategy.starts_empty:
-        model = empty_model(folder, **arguments)
-        if covers(folder, model):
-            return model, True
+    with strategy.init_context():
+        model = model_from_config(folder, **arguments)
+    if covers(folder, model):
+        return model, True
     return load_model(folder, **arguments), False
 
 

@@ -121,3 +121,14 @@ def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path, strategy
     assert time.monotonic() - started < 60
     one = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path / "one"))]
     torch.testing.assert_close(two[0], one, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("settings", [
+    {"model.attention": "sdpa"}, {"gradient_checkpointing": True}, {"model.attention": "sdpa", "packing": True},
+    {"strategy": {"type": "fsdp2", "reshard_after_forward": False}, "gradient_checkpointing": True},
+], ids=str)
+def test_kernels_and_recomputation_move_nothing_but_rounding(figures, folder, tmp_path, settings):
+    job = tiny.job(folder, **{"steps": 2, "batch": BATCH, **settings})
+    train_local(job, tiny.chats(2 * BATCH), str(tmp_path))
+    got = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path))]
+    torch.testing.assert_close(got, figures["ddp", 1, 1, False], rtol=1e-5, atol=0)

@@ -14,10 +14,12 @@ from itune_ray.train.optimizer import Optimizers
 class Strategy(Protocol):
     """What the loop knows of a strategy."""
 
-    starts_empty: bool
-    """Whether pretrained weights are loaded after `prepare`, into a model built on the meta device."""
     gradient_divisor: int
     """What the strategy divides summed gradients by; the loop multiplies the loss with it."""
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Around the construction of a pretrained model, whose weights are read after `prepare`."""
+        ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Place the model: wrap or shard it in the one order that works, then give meta parameters memory."""
@@ -42,6 +44,29 @@ class Strategy(Protocol):
     def load_state(self, model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         ...
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give meta parameters (uninitialised) memory and move the real buffers, whose values no checkpoint holds.
+
+    `to_empty` makes every module a parameter of its own, so tied weights are tied again afterwards.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    if any(p.is_meta for p in model.parameters()):
+        buffers = {id(module): dict(module._buffers) for module in model.modules()}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                places.setdefault(id(parameter), []).append((module, name))
+        model.to_empty(device=device)
+        for (first, first_name), *others in (tied for tied in places.values() if len(tied) > 1):
+            for module, name in others:
+                module._parameters[name] = first._parameters[first_name]
+        for module in model.modules():
+            module._buffers.update({k: b for k, b in buffers[id(module)].items() if b is None or not b.is_meta})
 
 
 def torch_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:

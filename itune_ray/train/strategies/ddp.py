@@ -9,22 +9,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from itune_ray.config.train import DdpConfig
+from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers
-from itune_ray.train.strategies.base import clip_gradients, load_torch_state, torch_state
+from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
 from itune_ray.train.world import World
 
 
 class Ddp:
     """Every rank holds the whole model; bf16 runs as autocast over fp32 weights. One process needs no wrapper."""
 
-    starts_empty = False
-
     def __init__(self, config: DdpConfig, world: World, precision: Literal["bf16", "fp32"]):
         self._world, self._bf16 = world, precision == "bf16"
         self.gradient_divisor = world.size
         self._model: nn.Module | None = None
 
+    def init_context(self) -> AbstractContextManager[None]:
+        return parameters_on_meta()
+
     def prepare(self, model: nn.Module) -> nn.Module:
+        materialise(model, self._world.device)
         model = model.to(self._world.device)
         if self._world.size > 1:
             device_ids = [self._world.device] if self._world.device.type == "cuda" else None

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from itune_ray.config.train import Fsdp2Config
+from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers
-from itune_ray.train.strategies.base import clip_gradients, load_torch_state, torch_state
+from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
 from itune_ray.train.world import World, ensure_process_group
 
 
@@ -19,8 +21,6 @@ class Fsdp2:
 
     bf16 gathers and computes in bf16 over fp32 shards and reduces gradients in fp32.
     """
-
-    starts_empty = True
 
     def __init__(self, config: Fsdp2Config, world: World, precision: Literal["bf16", "fp32"]):
         ensure_process_group()
@@ -32,6 +32,9 @@ class Fsdp2:
         self.gradient_divisor = world.size
         self._root: FSDPModule | None = None
 
+    def init_context(self) -> AbstractContextManager[None]:
+        return parameters_on_meta()
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Decoder layers first, then the root, which takes what is left: embeddings, final norm and head."""
         if not any(p.is_meta for p in model.parameters()):
@@ -39,7 +42,7 @@ class Fsdp2:
         for layer in _decoder_layers(model):
             fully_shard(layer, mp_policy=self._policy, reshard_after_forward=self._config.reshard_after_forward)
         self._root = fully_shard(model, mp_policy=self._policy)
-        _materialise(model, self._world.device)
+        materialise(model, self._world.device)
         return model
 
     @contextlib.contextmanager
@@ -67,16 +70,3 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks transformers itself declares indivisible: no list of model names is needed."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _materialise(model: nn.Module, device: torch.device) -> None:
-    """Give meta shards memory and move the real buffers, whose values no checkpoint holds."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-    if any(p.is_meta for p in model.parameters()):
-        buffers = {id(module): dict(module._buffers) for module in model.modules()}
-        model.to_empty(device=device)
-        for module in model.modules():
-            module._buffers.update({k: b for k, b in buffers[id(module)].items() if b is None or not b.is_meta})
