@@ -8,7 +8,9 @@ READY := $(VENV)/.ready-$(ACCEL)
 READY_DEV := $(VENV)/.ready-dev-$(ACCEL)
 
 # uv does not read pip's settings: pass a local folder of wheels and the machine's own certificates on to it.
-UV := UV_SYSTEM_CERTS=1 $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv pip install --python $(BIN)/python
+# Byte code is compiled once here: every engine and every worker is a process that imports the whole stack.
+unexport PYTHONDONTWRITEBYTECODE
+UV := UV_SYSTEM_CERTS=1 $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
 # Without a folder of wheels the CPU build of torch comes from PyTorch's own index.
 BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
 # The CPU build of vLLM asks for packages that have no CPU build and that nothing here uses.

@@ -24,7 +24,7 @@ def rows(split: str, num_rows: int, seed: int = 0, options: Mapping[str, Any] | 
     """Rows of a split, see `config.shared.PlaygroundSource`.
 
     Args:
-        options: `weights` {family: relative frequency, default 1}; for chat also `invent` (share of rows that ask for a
+        options: `weights` {family: relative frequency}, all others `default` or 1; for chat also `invent` (share of rows that ask for a
             new instruction) and `held` (share with held-out wordings, for the teacher); for raw also `lines` per row.
     """
     makers: dict[str, Callable[..., Record]] = {
@@ -54,9 +54,9 @@ def rows(split: str, num_rows: int, seed: int = 0, options: Mapping[str, Any] | 
 
 def _weighted(weights: Mapping[str, float]) -> tuple[list[Family], list[float]]:
     for name in weights:
-        if name not in BY_NAME:
+        if name not in (*BY_NAME, "default"):
             raise ConfigError(f"no such family{did_you_mean(name, BY_NAME)}", got=name, knob="options.weights")
-    return list(FAMILIES), [weights.get(family.name, 1.0) for family in FAMILIES]
+    return list(FAMILIES), [weights.get(family.name, weights.get("default", 1.0)) for family in FAMILIES]
 
 
 def draw(rng: random.Random, family: Family, test: bool) -> Args:
