@@ -24,8 +24,9 @@ def rows(split: str, num_rows: int, seed: int = 0, options: Mapping[str, Any] | 
     """Rows of a split, see `config.shared.PlaygroundSource`.
 
     Args:
-        options: `weights` {family: relative frequency}, all others `default` or 1; for chat also `invent` (share of rows that ask for a
-            new instruction) and `held` (share with held-out wordings, for the teacher); for raw also `lines` per row.
+        options: `weights` {family: relative frequency}, families not named taking `default` or 1; for chat also
+            `invent` (share of rows that ask for a new instruction) and `held` (share with held-out wordings, for the
+            teacher); for raw also `lines` per row.
     """
     makers: dict[str, Callable[..., Record]] = {
         "chat": _chat,

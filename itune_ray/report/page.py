@@ -177,7 +177,8 @@ def _matrices(stage: Stage) -> dict[str, Any] | None:
     if not parameters:
         return None
     kinds = Counter(
-        (m["name"].rpartition(".")[2], m["out_features"], m["in_features"], m["rank"], m["ratio"]) for m in parameters.get("matrices", ())
+        (m["name"].rpartition(".")[2], m["out_features"], m["in_features"], m["rank"], m["ratio"])
+        for m in parameters.get("matrices", ())
     )
     rows = [
         {"name": name, "count": number, "d": d, "k": k, "rank": rank, "ratio": ratio}
