@@ -110,7 +110,7 @@ class VllmEngine:
         """Where nothing corrects it (`scoring`), an adapter on the head would leak into other rows' prompts."""
         if sampling.prompt_logprobs is not None and self._has_head_adapters and not self._backend.scores_under_adapters:
             raise BadPromptError(
-                "unsupported: prompt log-probabilities beside an adapter with trained token rows; serve the merged model"
+                "unsupported: prompt log-probabilities beside an adapter that trains token rows; serve the merged model"
             )
 
     @asynccontextmanager

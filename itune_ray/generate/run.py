@@ -55,7 +55,7 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
     funnel = ledger.publish(artifact.folder)
-    _check_made_something(funnel)
+    _check_made_something(funnel, ledger)
     _finish(artifact, funnel, ledger, tally, feed)
     return artifact
 
@@ -161,13 +161,18 @@ def _cause(error: BaseException) -> ITuneError:
     return GenerationError(f"a recipe worker failed: {str(error).strip().splitlines()[-1]}")
 
 
-def _check_made_something(funnel: Funnel) -> None:
-    if funnel.accepted == 0 and funnel.failed:
-        cause, count = max(funnel.failed.items(), key=lambda item: item[1])
-        raise GenerationError(
-            f"no row was made: {sum(funnel.failed.values())} failed, {count} of them with `{cause}`",
-            knob="max_attempts allows more attempts",
-        )
+def _check_made_something(funnel: Funnel, ledger: Ledger) -> None:
+    """An empty table would fail a later stage, with a worse message."""
+    if funnel.accepted or not funnel.rows_in:
+        return
+    why, count = max({**funnel.rejected, **funnel.failed}.items(), key=lambda item: item[1])
+    rows = ledger.table().select(["reason", "cause", "raw"]).to_pylist()
+    words = next((row["raw"] for row in rows if why in (row["reason"], row["cause"])), None)
+    raise GenerationError(
+        f"no row was made: {sum(funnel.rejected.values())} rejected, {sum(funnel.failed.values())} failed, "
+        f"{count} of them for `{why}`" + (f" ({words})" if words and words != why else ""),
+        knob="max_attempts" if funnel.failed else "prompts or teacher",
+    )
 
 
 def _finish(artifact: Artifact, funnel: Funnel, ledger: Ledger, tally: Tally, feed: _Feed) -> None:

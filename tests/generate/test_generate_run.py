@@ -111,8 +111,15 @@ def test_failed_rows_are_driven_again_and_then_kept_as_failed(host, prompts, tmp
 
 
 def test_nothing_but_failures_is_an_error_that_says_why(host, prompts, tmp_path):
-    with pytest.raises(GenerationError, match=r"no row was made: \d+ failed, \d+ of them with `injected failure`"):
+    with pytest.raises(GenerationError, match=r"3 rejected, 596 failed, 596 of them for `injected failure`"):
         make(host, tmp_path, prompts, engine={"fail_rate": 1.0}, max_attempts=1)
+
+
+def test_prompts_that_ask_nothing_are_an_error_that_says_why(host, prompts, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": " "}) + "\n")
+    with pytest.raises(GenerationError, match=r"no row was made: 1 rejected, 0 failed"):
+        make(host, tmp_path, empty)
 
 
 def test_a_crashed_worker_loses_no_row(host, prompts, tmp_path):
@@ -124,9 +131,11 @@ def test_a_crashed_worker_loses_no_row(host, prompts, tmp_path):
 
 
 def test_too_few_cpus_are_told_before_anything_starts(host, prompts, tmp_path):
+    started = time.monotonic()
     with pytest.raises(ClusterError, match=r"1 engine replicas and 16 recipe workers .*needs 8.5 CPU, .*has 8"):
         make(host, tmp_path, prompts, workers={"num": 16, "cpus_each": 0.5})
     assert host.starts == 0
+    assert time.monotonic() - started < 5
 
 
 def test_workers_that_fit_exactly_do_not_hang(host, prompts, tmp_path):
@@ -156,24 +165,19 @@ def test_a_killed_driver_loses_only_what_was_under_way(host, prompts, tmp_path, 
 
     wait_until(committed, "three commits are durable")
     children = psutil.Process(killed.pid).children(recursive=True)
+    engines = [process for process in children if "ray::Replica" in " ".join(process.cmdline())]
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    settled = {key for part in committed() and commits for key in pq.read_table(part)["input_key"].to_pylist()}
+    committed()
+    settled = {key for part in commits for key in pq.read_table(part)["input_key"].to_pylist()}
     assert 0 < len(settled) < ROWS, "the kill must land in the middle"
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not [p for p in alive if "Replica" in " ".join(p.cmdline())], "no engine outlives its driver"
+    assert len(engines) == 1
+    assert not psutil.wait_procs(engines, timeout=30)[1], "no engine outlives its driver"
 
     asked = Counter(log.read_text().split())
     resumed = make(host, tmp_path, prompts, engine={"request_log": str(log)})
     again = Counter(log.read_text().split()) - asked
     keys = {request.split("/")[1] for request in again}
     assert not keys & settled, "a settled row reached the engine again"
-    assert len(keys) == ROWS - 1 - len(settled - {key for key in settled if key.endswith(":20:0")})
+    assert keys == {f"questions:{i}:0" for i in range(ROWS) if i != 20} - settled
     assert tables(resumed) == tables(calm)
-
-
-def test_time_to_give_up_is_short(host, prompts, tmp_path):
-    started = time.monotonic()
-    with pytest.raises(ClusterError):
-        make(host, tmp_path, prompts, workers={"num": 100})
-    assert time.monotonic() - started < 5
