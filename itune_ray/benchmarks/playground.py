@@ -5,8 +5,9 @@ it is, so its few-shot score stands beside it: k solved examples of the *same* f
 few-shot prompts do per task), drawn from the training side of the world's split, so that no example is the question.
 They come as plain text by default, an instruction and its answer on alternate lines, each line opened by a space like
 the base's own training text, and the reply ends where a new line opens; no wording of that text is borrowed. It is
-what prompting alone can get out of the base. `options.shot_format: chat` writes them as chat turns instead, which is
-the fairer form for a model that was tuned on chats.
+what prompting alone can get out of the base. `options.shot_format: sentence` joins each into one sentence of the kind
+the base was trained on ("... and you get ..."), which asks what it knows rather than what a stranger's prompt gets out of
+it; `chat` writes chat turns, the fairer form for a model that was tuned on chats.
 """
 
 import functools
@@ -21,7 +22,7 @@ from itune_ray.playground import parser
 from itune_ray.playground.families import FAMILIES
 from itune_ray.playground.sets import rows
 
-SHOT_FORMATS = ("text", "chat")
+SHOT_FORMATS = ("text", "sentence", "chat")
 LINE = "\n "
 """Opens a line of text; inside an answer of several lines none begins with a space."""
 POOL = 64
@@ -69,8 +70,9 @@ class Playground(Benchmark):
         family = str(record.meta["family"])
         shots = self._shots(record, family)
         prompt: dict[str, Any] = {"messages": (*_turns(shots), *record.prompt)}
-        if shots and self._shot_format == "text":
-            prompt = {"text": _as_text(shots, record), "stop": (LINE,)}
+        if shots and self._shot_format != "chat":
+            write = _as_text if self._shot_format == "text" else _as_sentences
+            prompt = {"text": write(shots, record), "stop": (LINE,)}
         return Item(
             key=record.key, reference=record.response or "", category=family, groups=GROUPS.get(family, ()), **prompt
         )
@@ -102,3 +104,9 @@ def _as_text(shots: Sequence[Record], question: Record) -> str:
     """` instruction\\n answer\\n instruction\\n answer\\n instruction\\n`."""
     lines = [message["content"] for message in (*_turns(shots), *question.prompt)]
     return " " + LINE.join(lines) + "\n"
+
+
+def _as_sentences(shots: Sequence[Record], question: Record) -> str:
+    """` instruction and you get answer\n ... instruction and you get`, for the base to finish."""
+    solved = [f"{shot.messages[0]['content']} and you get {shot.response}" for shot in shots]
+    return " " + LINE.join([*solved, f"{question.messages[0]['content']} and you get"])

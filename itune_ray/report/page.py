@@ -68,9 +68,9 @@ def key_figures(run: Run, main: Comparison | None, comparisons: Sequence[Compari
     """The handful of numbers a reader takes away: scores of the after model, then data, size and time."""
     found: list[Figure] = []
     if main:
-        groups = main.score["groups"]
         found += [_compared(c) for c in comparisons if c.score["unit"] == "share"][:3]
-        found += [_group(name, groups[name], main.earlier["groups"].get(name)) for name in groups][:4]
+        for name, c in _largest(comparisons)[:4]:
+            found.append(_group(name, c.score["groups"][name], c.earlier["groups"].get(name)))
     for stage in run.of_job("generate")[:1]:
         if stage.rows is not None:
             found.append(Figure("rows distilled", shown.count(stage.rows), f"by {stage.name}"))
@@ -81,6 +81,13 @@ def key_figures(run: Run, main: Comparison | None, comparisons: Sequence[Compari
             found.append(Figure("trained", shown.share(parameters["trainable"], parameters["total"]), note))
     total = sum(stage.seconds for stage in run.stages)
     return [*found, Figure("time, all stages", shown.duration(total), f"{len(run.stages)} stages")]
+
+
+def _largest(comparisons: Sequence[Comparison]) -> list[tuple[str, Comparison]]:
+    """Each group with the benchmark that has most items of it."""
+    names = dict.fromkeys(name for c in comparisons for name in c.score["groups"])
+    with_group = {name: [c for c in comparisons if name in c.score["groups"]] for name in names}
+    return [(name, max(found, key=lambda c: c.score["groups"][name]["n"])) for name, found in with_group.items()]
 
 
 def _compared(comparison: Comparison) -> Figure:

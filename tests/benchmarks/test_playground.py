@@ -86,3 +86,11 @@ def test_unknown_options_are_refused_by_name():
         made(options={"shot_format": "xml"})
     with pytest.raises(ConfigError, match="wieghts"):
         made(options={"wieghts": {}}).items()
+
+
+def test_sentence_shots_end_where_the_answer_begins():
+    for item in made(shots=2, options={"shot_format": "sentence"}).items():
+        lines = item.text.split("\n ")
+        assert len(lines) >= 3
+        assert item.text.endswith(" and you get")
+        assert item.text.count(" and you get") == 3
