@@ -7,8 +7,11 @@ from itune_ray.data.records import Record
 from itune_ray.errors import DataError
 
 ANSWERED = Record(
-    source="a", position=0, messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
-    meta={"ratings": [5]}, finish_reason="stop",
+    source="a",
+    position=0,
+    messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
+    meta={"ratings": [5]},
+    finish_reason="stop",
 )
 PROMPT = Record(source="b", position=0, messages=({"role": "user", "content": "q"},))
 

@@ -44,8 +44,15 @@ def planted(num: int, seed: int = 0) -> list[str]:
 @pytest.mark.parametrize(
     ("threshold", "num_perm", "expected"),
     [
-        (0.5, 128, (25, 5)), (0.7, 128, (14, 9)), (0.8, 128, (9, 13)), (0.85, 128, (8, 16)), (0.9, 128, (5, 25)),
-        (0.7, 256, (25, 10)), (0.8, 256, (17, 15)), (0.45, 256, (47, 5)), (0.5, 200, (33, 6)),
+        (0.5, 128, (25, 5)),
+        (0.7, 128, (14, 9)),
+        (0.8, 128, (9, 13)),
+        (0.85, 128, (8, 16)),
+        (0.9, 128, (5, 25)),
+        (0.7, 256, (25, 10)),
+        (0.8, 256, (17, 15)),
+        (0.45, 256, (47, 5)),
+        (0.5, 200, (33, 6)),
     ],
 )
 def test_optimal_bands_are_datasketchs(threshold, num_perm, expected):
@@ -106,7 +113,13 @@ def test_short_texts_use_pairs_of_words_and_shorter_ones_none():
 
 @pytest.mark.parametrize(
     ("a", "b", "level"),
-    [("ﬁne", "fine", 0), ("A  b\n", "a b", 1), ("Straße", "STRASSE", 1), ("a, b - c!", "a b c", 2), ("row 12", "row 34", 3)],
+    [
+        ("ﬁne", "fine", 0),
+        ("A  b\n", "a b", 1),
+        ("Straße", "STRASSE", 1),
+        ("a, b - c!", "a b c", 2),
+        ("row 12", "row 34", 3),
+    ],
 )
 def test_each_level_ignores_one_thing_more(a, b, level):
     assert normalise(a, level) == normalise(b, level)
@@ -167,9 +180,9 @@ def brute_force(texts: list[str], threshold: float) -> dict[int, int]:
     sets = [shingles(text) for text in texts]
     dropped: dict[int, int] = {}
     for index, better in itertools.product(range(len(texts)), repeat=2):
-        if better < index and index not in dropped and better not in dropped:
-            if jaccard(sets[index], sets[better]) >= threshold:
-                dropped[index] = better
+        undecided = better < index and index not in dropped and better not in dropped
+        if undecided and jaccard(sets[index], sets[better]) >= threshold:
+            dropped[index] = better
     return dropped
 
 

@@ -37,10 +37,15 @@ def reasons_of(rows: list[dict[str, Any] | None], layout) -> list[tuple[str, str
 @pytest.mark.parametrize(
     ("columns", "layout"),
     [
-        (["instruction", "input", "output"], "alpaca"), (["instruction", "output", "text"], "alpaca"),
-        (["prompt", "completion"], "alpaca"), (["instruction", "context", "response"], "alpaca"),
-        (["messages", "id"], "messages"), (["conversations"], "sharegpt"), (["prompt", "id"], "prompt"),
-        (["instruction", "input"], "prompt"), (["text"], "text"),
+        (["instruction", "input", "output"], "alpaca"),
+        (["instruction", "output", "text"], "alpaca"),
+        (["prompt", "completion"], "alpaca"),
+        (["instruction", "context", "response"], "alpaca"),
+        (["messages", "id"], "messages"),
+        (["conversations"], "sharegpt"),
+        (["prompt", "id"], "prompt"),
+        (["instruction", "input"], "prompt"),
+        (["text"], "text"),
         (["key", "source", "position", "messages", "text"], "records"),
     ],
 )
@@ -127,11 +132,16 @@ def test_text_rows_have_no_messages():
 )
 def test_unusable_rows_are_quarantined_with_a_reason(layout, row, reason):
     good = {
-        "alpaca": {"instruction": "q", "output": "a"}, "messages": {"messages": chat(U, A)},
+        "alpaca": {"instruction": "q", "output": "a"},
+        "messages": {"messages": chat(U, A)},
         "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
-        "prompt": {"prompt": "q"}, "text": {"text": "t"}, "records": {"source": "s", "position": 9, "text": "t"},
+        "prompt": {"prompt": "q"},
+        "text": {"text": "t"},
+        "records": {"source": "s", "position": 9, "text": "t"},
     }[layout]
-    assert reasons_of([good, row, good | {"position": 8} if layout == "records" else good], layout) == [("s:1:0", reason)]
+    assert reasons_of([good, row, good | {"position": 8} if layout == "records" else good], layout) == [
+        ("s:1:0", reason)
+    ]
 
 
 def test_quarantined_rows_keep_what_they_were():
@@ -155,12 +165,18 @@ def test_broken_lines_are_quarantined_at_their_place(tmp_path):
     file.write_text("\n".join(lines) + "\n")
     rows = list(read_rows(str(file)))
     assert [(row.position, row.reason) for row in rows] == [
-        (0, None), (1, "broken_json"), (3, "bad_row"), (4, None), (5, "broken_json")
+        (0, None),
+        (1, "broken_json"),
+        (3, "bad_row"),
+        (4, None),
+        (5, "broken_json"),
     ]
     records, quarantined = parse(rows, "a", "alpaca")
     assert [record.position for record in records] == [0, 4]
     assert [(o.input_key, o.reason) for o in quarantined] == [
-        ("a:1:0", "broken_json"), ("a:3:0", "bad_row"), ("a:5:0", "broken_json")
+        ("a:1:0", "broken_json"),
+        ("a:3:0", "bad_row"),
+        ("a:5:0", "broken_json"),
     ]
     assert quarantined[0].raw == "{broken"
 
@@ -181,7 +197,7 @@ def test_line_separators_inside_strings_end_no_line(tmp_path):
     assert [row.fields for row in read_rows(str(file))] == [{"text": "a\u2028b\x85c"}]
 
 
-ROWS = [{"instruction": "Say, \"hi\"\nplease", "output": "hi"}, {"instruction": "ü", "output": "a,b"}]
+ROWS = [{"instruction": 'Say, "hi"\nplease', "output": "hi"}, {"instruction": "ü", "output": "a,b"}]
 
 
 def write(path, rows=ROWS) -> None:
@@ -202,8 +218,18 @@ def write(path, rows=ROWS) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["a.jsonl", "a.jsonl.gz", "array.json", "array.json.gz", "data.json", "lines.json", "a.csv", "a.csv.gz", "a.parquet",
-     "A.JSONL"],
+    [
+        "a.jsonl",
+        "a.jsonl.gz",
+        "array.json",
+        "array.json.gz",
+        "data.json",
+        "lines.json",
+        "a.csv",
+        "a.csv.gz",
+        "a.parquet",
+        "A.JSONL",
+    ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     if name != "A.JSONL":

@@ -16,7 +16,9 @@ from itune_ray.errors import DataError, StorageError
 
 
 def outcome(position: int, status: str = "accepted", attempts: int = 1, sample: int = 0, **facts) -> Outcome:
-    record = Record(source="s", position=position, sample=sample, messages=({"role": "user", "content": str(position)},))
+    record = Record(
+        source="s", position=position, sample=sample, messages=({"role": "user", "content": str(position)},)
+    )
     reason = {"rejected": {"reason": "bad"}, "failed": {"cause": "dead"}}.get(status, {})
     return Outcome(record=record, input_key=f"s:{position}:0", status=status, attempts=attempts, **{**reason, **facts})
 
@@ -40,7 +42,9 @@ def test_a_later_commit_replaces_all_outcomes_of_an_input(tmp_path):
 
 def test_failed_inputs_are_open_until_their_attempts_are_spent(tmp_path):
     ledger = Ledger(Folder.at(tmp_path))
-    ledger.commit([outcome(0), outcome(1, "rejected"), outcome(2, "failed", attempts=2), outcome(3, "failed", attempts=3)])
+    ledger.commit(
+        [outcome(0), outcome(1, "rejected"), outcome(2, "failed", attempts=2), outcome(3, "failed", attempts=3)]
+    )
     assert ledger.settled(max_attempts=3) == {"s:0:0", "s:1:0", "s:3:0"}
     assert ledger.attempts() == {"s:2:0": 2, "s:3:0": 3}
 
@@ -94,7 +98,8 @@ def test_a_funnel_that_does_not_balance_cannot_be_made():
 inputs = st.integers(1, 12)
 plans = st.lists(
     st.lists(
-        st.tuples(st.integers(0, 11), st.sampled_from(["accepted", "rejected", "failed"]), st.integers(1, 3)), max_size=6
+        st.tuples(st.integers(0, 11), st.sampled_from(["accepted", "rejected", "failed"]), st.integers(1, 3)),
+        max_size=6,
     ),
     max_size=8,
 )
@@ -162,7 +167,7 @@ def test_the_committer_commits_by_time_while_nothing_comes(tmp_path, wait_until)
 
 def test_an_error_of_the_stage_still_commits_what_is_done(tmp_path):
     ledger = Ledger(Folder.at(tmp_path))
-    with pytest.raises(RuntimeError, match="engine"), Committer(ledger, rows=100) as committer:
+    with pytest.raises(RuntimeError, match="engine"), Committer(ledger, rows=100) as committer:  # noqa: PT012  the block is the stage
         committer.add([outcome(0)])
         raise RuntimeError("engine")
     assert ledger.settled(1) == {"s:0:0"}
@@ -180,7 +185,7 @@ def test_a_storage_that_breaks_stops_the_stage(tmp_path, wait_until):
     ledger = Ledger(Folder.at(tmp_path / "a"))
     (tmp_path / "a").write_text("in the way")
     before = threading.active_count()
-    with pytest.raises(StorageError), Committer(ledger, rows=1000, seconds=0.02) as committer:
+    with pytest.raises(StorageError), Committer(ledger, rows=1000, seconds=0.02) as committer:  # noqa: PT012  the block is the stage
         committer.add([outcome(0)])
         time.sleep(0.2)
         committer.add([outcome(1)])

@@ -96,7 +96,9 @@ def test_the_trainer_uses_rows_exactly_as_often():
     keys, weights = [f"k:{i}:0" for i in range(60)], [0.3 * (i % 9) for i in range(60)]
     for epoch in (0, 2):
         used = Counter(Order(keys, weights, seed=5, batch=4).epoch(epoch))
-        assert [used[i] for i in range(60)] == [epoch_multiplicity(w, k, 5, epoch) for k, w in zip(keys, weights, strict=True)]
+        assert [used[i] for i in range(60)] == [
+            epoch_multiplicity(w, k, 5, epoch) for k, w in zip(keys, weights, strict=True)
+        ]
 
 
 def test_the_report_says_planned_and_realised():
@@ -109,9 +111,7 @@ def test_the_report_says_planned_and_realised():
     assert first["planned_share"] == pytest.approx(8 / 12)
     assert first["share"] == pytest.approx(4 / 8)
     assert first["rows_per_epoch"] == 4
-    assert second["rows_per_epoch"] == sum(
-        epoch_multiplicity(0.5, m.record.key, 0) for m in kept if m.part == 1
-    )
+    assert second["rows_per_epoch"] == sum(epoch_multiplicity(0.5, m.record.key, 0) for m in kept if m.part == 1)
 
 
 def test_a_report_of_nothing_kept_divides_by_nothing():

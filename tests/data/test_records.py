@@ -13,18 +13,31 @@ from itune_ray.data.records import RECORD_SCHEMA, Record, records_table, row_rng
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=6,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
 )
 messages = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text}), max_size=4
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text}),
+    max_size=4,
 ).map(tuple)
 records = st.builds(
-    Record, source=text, position=st.integers(0, 2**60), sample=st.integers(0, 2**31 - 1), messages=messages,
-    text=st.none() | text, meta=st.dictionaries(text, json_values, max_size=3),
-    weight=st.floats(0, 100), parents=st.lists(text, max_size=2).map(tuple), recipe=st.none() | text,
-    round=st.integers(0, 100), seed=st.none() | st.integers(0, 2**63 - 1), model=st.none() | text,
-    sampling=st.none() | st.dictionaries(text, json_values, max_size=2), finish_reason=st.none() | text,
-    num_prompt_tokens=st.none() | st.integers(0, 2**31 - 1), num_tokens=st.none() | st.integers(0, 2**31 - 1),
+    Record,
+    source=text,
+    position=st.integers(0, 2**60),
+    sample=st.integers(0, 2**31 - 1),
+    messages=messages,
+    text=st.none() | text,
+    meta=st.dictionaries(text, json_values, max_size=3),
+    weight=st.floats(0, 100),
+    parents=st.lists(text, max_size=2).map(tuple),
+    recipe=st.none() | text,
+    round=st.integers(0, 100),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+    model=st.none() | text,
+    sampling=st.none() | st.dictionaries(text, json_values, max_size=2),
+    finish_reason=st.none() | text,
+    num_prompt_tokens=st.none() | st.integers(0, 2**31 - 1),
+    num_tokens=st.none() | st.integers(0, 2**31 - 1),
 )
 
 
@@ -62,17 +75,20 @@ def test_equal_texts_share_a_hash_and_never_a_key():
     assert one.key != other.key
 
 
-@pytest.mark.parametrize(
-    ("a", "b"), [("café", "cafe\u0301"), ("x\r\ny", "x\ny"), ("x  \ny", "x\ny"), ("x\n\n", "x")]
-)
+@pytest.mark.parametrize(("a", "b"), [("café", "cafe\u0301"), ("x\r\ny", "x\ny"), ("x  \ny", "x\ny"), ("x\n\n", "x")])
 def test_the_hash_ignores_what_nobody_sees(a, b):
     assert chat(a).content_hash == chat(b).content_hash
 
 
 def test_the_hash_tells_roles_turns_and_texts_apart():
     different = [
-        chat("a", "b"), chat("ab"), chat("a"), Record(source="s", position=0, text="a"),
-        Record(source="s", position=0, messages=({"role": "system", "content": "a"},)), chat("  a"), chat("A"),
+        chat("a", "b"),
+        chat("ab"),
+        chat("a"),
+        Record(source="s", position=0, text="a"),
+        Record(source="s", position=0, messages=({"role": "system", "content": "a"},)),
+        chat("  a"),
+        chat("A"),
     ]
     assert len({record.content_hash for record in different}) == len(different)
 
@@ -87,8 +103,11 @@ def test_prompt_and_response_split_at_the_final_answer():
 def test_randomness_is_a_function_of_its_four_arguments():
     assert row_seed(0, "generate", "a:1:0") == row_seed(0, "generate", "a:1:0", 0)
     seeds = {
-        row_seed(0, "generate", "a:1:0"), row_seed(1, "generate", "a:1:0"), row_seed(0, "curate", "a:1:0"),
-        row_seed(0, "generate", "a:1:1"), row_seed(0, "generate", "a:1:0", 1),
+        row_seed(0, "generate", "a:1:0"),
+        row_seed(1, "generate", "a:1:0"),
+        row_seed(0, "curate", "a:1:0"),
+        row_seed(0, "generate", "a:1:1"),
+        row_seed(0, "generate", "a:1:0", 1),
     }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)

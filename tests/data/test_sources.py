@@ -64,7 +64,9 @@ def payload(tmp_path) -> Folder:
     stage = Folder.at(tmp_path / "run" / "distill-12345678")
     ledger = Ledger(stage / "ledger")
     messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
-    records = [Record(source="prompts", position=4, sample=s, messages=messages, model="m@1", weight=2.0) for s in (0, 1)]
+    records = [
+        Record(source="prompts", position=4, sample=s, messages=messages, model="m@1", weight=2.0) for s in (0, 1)
+    ]
     ledger.commit([Outcome(record=r, input_key="prompts:4:0", status="accepted", score=0.5) for r in records])
     ledger.publish(stage)
     stage.write_json("manifest.json", {"id": "12345678", "stage": "distill", "status": "complete"})
@@ -143,9 +145,11 @@ def test_a_function_of_the_users_is_a_source():
 @pytest.mark.parametrize(
     ("path", "args", "error", "message"),
     [
-        (f"{__name__}:nothing", {}, ConfigError, "cannot import"), ("no.module:f", {}, ConfigError, "cannot import"),
+        (f"{__name__}:nothing", {}, ConfigError, "cannot import"),
+        ("no.module:f", {}, ConfigError, "cannot import"),
         (f"{__name__}:custom_rows", {"n": 1}, ConfigError, "arguments do not fit"),
-        (f"{__name__}:wrong", {}, DataError, "must yield"), (f"{__name__}:twice", {}, DataError, "same key"),
+        (f"{__name__}:wrong", {}, DataError, "must yield"),
+        (f"{__name__}:twice", {}, DataError, "same key"),
     ],
 )
 def test_a_function_that_does_not_fit_is_one_clear_error(path, args, error, message):

@@ -97,7 +97,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_write_that_breaks_half_way_is_a_storage_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(StorageError, match="No space left"), Folder.at(tmp_path)._published("a") as sink:
+    with pytest.raises(StorageError, match="No space left"), Folder.at(tmp_path)._published("a") as sink:  # noqa: PT012
         os.symlink("/dev/full", sink)
         with open(sink, "wb") as stream:
             stream.write(b"x")

@@ -8,7 +8,7 @@ from typing import Any
 from itune_ray.config.curate import CustomFilterConfig
 from itune_ray.curate.filters.base import RowFilter, Verdict
 from itune_ray.data.records import Record
-from itune_ray.errors import ConfigError, DataError
+from itune_ray.errors import ConfigError
 
 
 def load(location: str, knob: str) -> Any:
@@ -30,8 +30,8 @@ def without_cache(instance: object, name: str) -> dict[str, Any]:
 class Custom(RowFilter):
     """Wraps the user's class: made with `args`, it has `keep(record)` that returns a `Verdict` or a bool.
 
-    A row on which it raises has failed, with the error as its cause. Its source code is part of the artifact's
-    identity; a `version` of its own is not needed.
+    A row on which it raises, or returns something else, has failed with that as its cause. Its source code is part of
+    the artifact's identity; a `version` of its own is not needed.
     """
 
     def __init__(self, config: CustomFilterConfig):
@@ -53,15 +53,13 @@ class Custom(RowFilter):
         return user
 
     def keep(self, record: Record) -> Verdict:
+        user = self._user
         try:
-            verdict = self._user.keep(record)
+            verdict = user.keep(record)
         except Exception as error:  # noqa: BLE001  a filter is the user's code; one odd row must not end the job
             return Verdict(False, failure=f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
         if isinstance(verdict, bool):
             return Verdict(verdict, None if verdict else self._location.partition(":")[2].lower())
         if not isinstance(verdict, Verdict):
-            raise DataError(
-                f"{self._location}.keep must return a Verdict or a bool", got=type(verdict).__name__,
-                knob="filters.N.import_path",
-            )
+            return Verdict(False, failure=f"keep returned {type(verdict).__name__}, not a Verdict or a bool")
         return verdict

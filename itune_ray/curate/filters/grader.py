@@ -48,13 +48,14 @@ class Grader(RowFilter):
         if record.response is None:
             return Verdict(False, "no_answer")
         prompt = next((m["content"] for m in reversed(record.prompt) if m["role"] == "user"), "")
+        grader = self._grade
         if self._location in GRADERS:
-            grade = self._grade(prompt, record.response)
+            grade = grader(prompt, record.response)
             if grade.expected is None:
                 return Verdict(False, "ungradable")
             return self._verdict(float(grade.correct))
         try:
-            return self._verdict(float(self._grade(prompt, record.response, record.meta)))
+            return self._verdict(float(grader(prompt, record.response, record.meta)))
         except Exception as error:  # noqa: BLE001  a grader is the user's code; one odd row must not end the job
             return Verdict(False, failure=f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
