@@ -139,4 +139,4 @@ class CurateJob(Job):
     min_rows: Positive = 1
     """The job fails when fewer rows are kept: no training on an empty table, hours later."""
     blocks: Positive = 8
-    """Ray Data blocks the table is cut into."""
+    """Most Ray Data blocks a table is cut into; small tables take fewer."""

@@ -22,7 +22,8 @@ class FileSource(Schema):
     format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
-    """First part of every row key; default: the file's stem."""
+    """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
+    in reports and in a filter's `only`, by default after the artifact's stage."""
     limit: Positive | None = None
     """Read only the first so many rows."""
 
