@@ -2,9 +2,10 @@
 
 Shapes: B rows, T tokens of the longest row. Three ways to isolate documents, one collator:
 
-- `eager` and `sdpa` get an explicit 4-D block-diagonal causal mask. transformers would derive one from `position_ids`,
-  but only without a 2-D mask and without a KV cache, and `use_cache` is on by default: the explicit mask is immune to
-  that trap (measured: a logit error of 2.6 against 1e-6).
+- `eager` and `sdpa` get an explicit 4-D block-diagonal causal mask (`sdpa` only where rows are packed: without a mask
+  it may take its fastest causal kernel). transformers would derive one from `position_ids`, but only without a 2-D
+  mask and without a KV cache, and `use_cache` is on by default: the explicit mask is immune to that trap (measured: a
+  logit error of 2.6 against 1e-6).
 - `flash_attention_2` gets one flat row and the documents' cumulative lengths, so no padding and no mask.
 - Sliding-window layers need their own window in the mask, so for such models transformers builds it from
   `position_ids`; `use_cache=False` is passed always.
@@ -24,7 +25,8 @@ IGNORED = -100
 """Label of a position that is no training target."""
 WIDTH_MULTIPLE = 8
 """Widths are rounded up, since each new shape costs a kernel look-up."""
-Masking = Literal["mask_4d", "positions", "varlen"]
+Masking = Literal["mask_4d", "mask_4d_if_packed", "positions", "varlen"]
+"""How a model keeps documents apart; see the module docstring."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def model_inputs(batch: Batch, masking: Masking, dtype: torch.dtype) -> dict[str
     }
     if masking == "varlen":
         inputs |= _varlen(batch)
-    elif masking == "mask_4d":
+    elif masking == "mask_4d" or (masking == "mask_4d_if_packed" and batch.is_packed):
         inputs["attention_mask"] = block_causal_mask(batch, dtype)
     return inputs
 

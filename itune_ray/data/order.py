@@ -91,9 +91,9 @@ class Order:
         return [index for _, index in sorted(drawn)]
 
     def _copies(self, index: int, epoch: int) -> int:
-        weight = self._weights[index]
-        extra = row_rng(self._seed, "train.mixture", self._keys[index], epoch).random() < weight % 1
-        return int(weight) + int(extra)
+        whole, rest = divmod(self._weights[index], 1)
+        extra = rest > 0 and row_rng(self._seed, "train.mixture", self._keys[index], epoch).random() < rest
+        return int(whole) + int(extra)
 
     def steps(self, epochs: float | None, steps: int | None) -> Iterator[tuple[float, list[int]]]:
         """(epochs done after the step, document indices) of each step; give one of `epochs` and `steps`.

@@ -49,7 +49,9 @@ def masking_for(model: Any) -> Masking:
         return "varlen"
     layers = getattr(config, "layer_types", None) or ()
     windowed = getattr(config, "sliding_window", None) is not None or "sliding_attention" in layers
-    return "positions" if windowed or any(kind != "full_attention" for kind in layers) else "mask_4d"
+    if windowed or any(kind != "full_attention" for kind in layers):
+        return "positions"
+    return "mask_4d_if_packed" if config._attn_implementation == "sdpa" else "mask_4d"
 
 
 def can_pack(model: Any) -> bool:

@@ -51,7 +51,7 @@ def alone(model, document: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("masking", ["mask_4d", "positions"])
+@pytest.mark.parametrize("masking", ["mask_4d", "mask_4d_if_packed", "positions"])
 def test_packed_logits_equal_those_of_each_document_alone(folder, attention, masking):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
     batch = collate([row(*DOCUMENTS[:3]), row(*DOCUMENTS[3:])], pad_id=0)
@@ -85,6 +85,18 @@ def test_the_cache_trap_is_real_and_avoided(folder):
     assert inputs["use_cache"] is False
     assert (trapped - expected).abs().max() > 0.01
     assert (immune - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("masking", ["mask_4d", "mask_4d_if_packed", "positions"])
+def test_rows_of_one_document_are_padded_without_effect(folder, masking):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    batch = collate([row(DOCUMENTS[4]), row(DOCUMENTS[2])], pad_id=0)
+    inputs = model_inputs(batch, masking, torch.float32)
+    assert ("attention_mask" in inputs) == (masking == "mask_4d")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for index, document in enumerate((DOCUMENTS[4], DOCUMENTS[2])):
+            assert (logits[index, : len(document)] - alone(model, document)).abs().max() <= 1e-5
 
 
 def test_the_mask_has_the_compute_dtype():

@@ -82,4 +82,5 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
 
 
 def test_how_documents_are_kept_apart(folder):
-    assert masking_for(load_model(folder, dtype=torch.float32, attention="sdpa")) == "mask_4d"
+    assert masking_for(load_model(folder, **FP32)) == "mask_4d"
+    assert masking_for(load_model(folder, dtype=torch.float32, attention="sdpa")) == "mask_4d_if_packed"

@@ -14,10 +14,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     """`function(*args)` on every rank; results by rank, or the first rank's traceback as the failure."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all ranks
     context.set_forkserver_preload(["itune_ray.train.loop"])
-    with tempfile.NamedTemporaryFile() as store:
+    with tempfile.TemporaryDirectory() as folder:  # the store removes its file itself
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            context.Process(target=_rank, args=(rank, world, store.name, send, function, args), daemon=True)
+            context.Process(target=_rank, args=(rank, world, f"{folder}/store", send, function, args), daemon=True)
             for rank, (_, send) in enumerate(pipes)
         ]
         for process in processes:
