@@ -27,13 +27,13 @@ from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import DataError, ITuneError
-from itune_ray.observe.progress import Progress, Task
+from itune_ray.observe.progress import Progress
 
 ROWS_PER_BLOCK = 2048
 """A smaller block costs more in worker start-up than it saves: `blocks` is the most a table is cut into."""
-SHUFFLE_ROWS = 10_000
-"""Fewer rows are deduplicated on the driver: 3 s of near deduplication per 10,000 rows, against 10 s before the first
-shuffle of a Ray session has its workers (2 cores). The result is the same."""
+SHUFFLE_ROWS = 100_000
+"""Fewer rows are deduplicated on the driver, with the same result: exact and near deduplication of 52,000 Alpaca
+prompts took 6 s there and 60 s through Ray Data's shuffle on the same two busy cores. Spreading pays with many."""
 JUDGE_STAGE = "curate.judge"
 
 
@@ -46,7 +46,6 @@ class Run:
     runs: RunStore
     engines: EngineHost
     progress: Progress
-    task: Task
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     steps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     judge_tokens: int = 0
@@ -79,10 +78,13 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
     check_steps(steps, tables)
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
+    state = Run(job, board, runs, engines, progress)
+    groups = list(passes(steps))
     with progress.task(stage, mixture.rows_in) as task:
-        state = Run(job, board, runs, engines, progress, task)
-        for group in passes(steps):
+        task.update(0)
+        for number, group in enumerate(groups, start=1):
             _apply(group, state)
+            task.update(mixture.rows_in * number // len(groups), standing=len(board.alive()), after=group[-1].name)
         task.update(mixture.rows_in, kept=len(board.alive()))
     publish(job, artifact, board, tables, state.manifest())
     return artifact
@@ -98,8 +100,6 @@ def _apply(group: Sequence[Step], state: Run) -> None:
     for step in group:
         ended = state.board.rejected_by(step.name)
         state.steps.append({"filter": step.name, "ended": ended, **state.facts.pop(step.name, {})})
-    standing = len(state.board.alive())
-    state.task.update(state.board.mixture.rows_in, filter=group[-1].name, standing=standing)
 
 
 # --- row filters ---------------------------------------------------------------------------------------------------

@@ -182,12 +182,10 @@ def _shingled(texts: pa.Table, settings: NearSettings, blocks: int | None) -> tu
     else:
         mapped = _dataset(texts, blocks).map_batches(partial(_shingle_table, **arguments), **_BLOCKWISE)
         table = _gathered(mapped, _SHINGLE_SCHEMA)
-    table = table.sort_by("id").combine_chunks()
-    lists: Any = table["shingles"].combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        lists = lists.chunk(0) if lists.num_chunks else pa.array([], _SHINGLE_SCHEMA.field("shingles").type)
-    lengths = np.asarray(lists.value_lengths(), dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    table = table.sort_by("id")
+    chunks: list[Any] = table["shingles"].chunks
+    lists: Any = pa.concat_arrays(chunks or [pa.array([], _SHINGLE_SCHEMA.field("shingles").type)])
+    offsets = np.cumsum(np.r_[0, np.asarray(lists.value_lengths())], dtype=np.int64)
     return table["id"].to_numpy(), ShingleSets(np.asarray(lists.flatten()), offsets)
 
 

@@ -108,6 +108,8 @@ REFUSALS = [
     "Lo siento, pero no puedo ayudarte con eso.",
     "No es ético. Me niego a responder.",
     "NO PUEDO PROPORCIONAR esa información.",
+    "It's not appropriate or ethical to discuss this.",
+    "Il n'est pas approprié de fournir ces détails.",
 ]
 ANSWERS = [
     "The bird can't help but sing.",
@@ -118,6 +120,7 @@ ANSWERS = [
     "He said to his aide: provide more.",
     "Como iaia, la abuela cocina.",
     "Je peux vous aider.",
+    "In a letter it is not appropriate to use slang.",
     "I am unable to attend the meeting tomorrow.",
     "No puedo creerlo, qué bonito.",
     "",
