@@ -67,7 +67,7 @@ class CommandLine:
         for process in self._running:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ few-shot prompts do per task), drawn from the training side of the world's split
 They come as plain text by default, an instruction and its answer on alternate lines, each line opened by a space like
 the base's own training text, and the reply ends where a new line opens; no wording of that text is borrowed. It is
 what prompting alone can get out of the base. `options.shot_format: sentence` joins each into one sentence of the kind
-the base was trained on ("... and you get ..."), which asks what it knows rather than what a stranger's prompt gets out of
-it; `chat` writes chat turns, the fairer form for a model that was tuned on chats.
+the base was trained on ("... and you get ..."), which asks what it knows rather than what a foreign prompt gets out of
+it; `chat` writes chat turns, the fairer form for a model tuned on chats.
 """
 
 import functools

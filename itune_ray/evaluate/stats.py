@@ -80,7 +80,8 @@ def wilson(right: float, asked: int, level: float = 0.95) -> Interval:
     centre = share + z * z / (2 * asked)
     spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     scale = 1 + z * z / asked
-    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+    # At 0 and 1 rounding can leave the share itself just outside.
+    return Interval(max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale)))
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

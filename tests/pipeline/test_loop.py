@@ -12,6 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.real
 
+LORA = {"type": "lora", "rank": 16, "train_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]}
 VLLM = {"type": "vllm", "max_adapters": 1}
 
 
@@ -44,15 +45,16 @@ def loop(name: str, root: Path, rows: int = 1500) -> dict:
             },
             "sft": {
                 "job": "train",
-                "model": {"path": "playground://base", "attention": "eager", "peft": {"type": "lora", "rank": 8}},
+                "model": {"path": "playground://base", "attention": "eager", "peft": LORA},
                 "data": [{"source": {"type": "file", "path": "step://curate/kept"}}],
-                "optimizer": {"type": "adamw", "lr": 5e-3},
+                "optimizer": {"type": "adamw", "lr": 6e-3},
+                "schedule": {"type": "linear", "warmup": 0.05},
                 "strategy": {"type": "fsdp2"},
-                "steps": 24,
-                "batch": 16,
+                "steps": 80,
+                "batch": 32,
                 "max_length": 128,
                 "workers": {"num": 2},
-                "checkpoint": {"every_steps": 5, "keep": 2},
+                "checkpoint": {"every_steps": 10, "keep": 2},
             },
             "score": {
                 "job": "evaluate",
@@ -109,7 +111,7 @@ def test_tuning_moves_the_score(itune, undisturbed):
     (base,), (sft,) = scores["base"].values(), scores["sft"].values()
     assert base["n"] == sft["n"] == 80
     assert base["low"] <= base["value"] <= base["high"]
-    assert sft["low"] > base["high"], "24 steps of LoRA must be visible beyond the intervals"
+    assert sft["low"] > base["high"], "80 steps of LoRA must be visible beyond the intervals"
 
 
 def test_the_report_is_there_and_loads_nothing(itune, undisturbed):
@@ -149,7 +151,10 @@ def test_killed_twice_the_run_ends_as_if_undisturbed(itune, undisturbed, wait_un
     asked_before = Counter(log.read_text().split())
 
     second = itune.start("pipeline", file)
-    wait_until(lambda: any(len(losses(s)) >= 8 for s in run.glob("sft-*") if (s / "metrics.jsonl").exists()), "8 steps")
+    wait_until(
+        lambda: any(len(losses(s)) >= 15 for s in run.glob("sft-*") if (s / "metrics.jsonl").exists()),
+        "15 steps are done",
+    )
     os.kill(second.pid, signal.SIGKILL)
     second.communicate()
 
@@ -177,18 +182,19 @@ def test_a_changed_threshold_generates_nothing_again(itune, undisturbed):
     assert Path(f"{itune.root}/calm.requests").read_text() == asked
     summary = itune.summary("calm")
     assert (summary["stages"]["distill"]["status"], summary["stages"]["curate"]["status"]) == ("skipped", "run")
-    assert summary["funnel"]["curate"]["rejected"]["too_long"] > 0
+    assert summary["funnel"]["curate"]["rejected"]["long_response"] > 0
 
 
-def test_a_changed_prompt_template_generates_again(itune, undisturbed, tmp_path):
+def test_a_changed_prompt_template_generates_again(itune, tmp_path):
     template = tmp_path / "user.jinja"
     template.write_text("{{ prompt }} ")
-    tree = loop("calm", itune.root, rows=40)
-    tree["steps"] = {"distill": {**tree["steps"]["distill"], "recipe": {"type": "respond", "template": str(template)}}}
+    distill = loop("templated", itune.root, rows=40)["steps"]["distill"]
+    distill["teacher"]["engine"]["type"] = "fake"
+    tree = {"name": "templated", "steps": {"distill": {**distill, "recipe": {"template": str(template)}}}}
+    tree["steps"]["distill"]["recipe"]["type"] = "respond"
     file = itune.write(tree)
-    assert itune.run("pipeline", file)[0] == 0
-    first = set((itune.root / "calm").glob("distill-*"))
-    template.write_text("{{ prompt }}")
-    assert itune.run("pipeline", file)[0] == 0
-    assert itune.summary("calm")["stages"]["distill"]["status"] == "run"
-    assert set((itune.root / "calm").glob("distill-*")) > first
+    for asked, text in ((40, "{{ prompt }} "), (40, "{{ prompt }} "), (80, "{{ prompt }}")):
+        template.write_text(text)
+        status, seen = itune.run("pipeline", file)
+        assert status == 0, seen
+        assert len(Path(f"{itune.root}/templated.requests").read_text().split()) == asked
