@@ -170,10 +170,11 @@ SENTENCE = "please write a short story about a brave little dog who finds a lost
 def ray_session() -> Iterator[None]:
     import ray
 
-    here = str(Path(__file__).parent)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # inherited by workers; a runtime_env starts them anew
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 def rich_rows() -> list[Any]:
@@ -211,7 +212,7 @@ def test_the_result_is_the_same_for_any_number_of_blocks(tmp_path, ray_session, 
     whole = curate(tmp_path / "whole", inputs, RICH, blocks=1)
     monkeypatch.setattr(stage, "ROWS_PER_BLOCK", 5)
     monkeypatch.setattr(stage, "SHUFFLE_ROWS", 0)
-    cut = curate(tmp_path / "cut", inputs, RICH, blocks=8)
+    cut = curate(tmp_path / "cut", inputs, RICH, blocks=3)  # each more starts another worker process
     assert bytes_of(whole) == bytes_of(cut)
     assert whole.id == cut.id
     facts = ["funnel", "rows", "filters", "q_manual", "sources"]
@@ -290,3 +291,22 @@ def test_a_changed_threshold_asks_the_judge_nothing(tmp_path, ray_session):
     with pytest.raises(GenerationError, match=r"1 of 31 replies.*max_parse_fail"):
         judged(FakeHost(), max_parse_fail=0.01)
     assert judged(FakeHost(), dimension="style").manifest["rows"] == 5
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+def test_the_judge_asks_through_a_real_pool(tmp_path, ray_session):
+    """The fake engine's words hold no score: every reply is kept beside its row."""
+    judge = {"model": {"path": "any"}, "engine": {"type": "fake"}, "pool": {"cpus_each": 0.5}}
+    filters = [{"type": "judge", "judge": judge, "max_parse_fail": 1.0}]
+    inputs = [write(tmp_path / "in.jsonl", [qa(f"q{i}", f"a{i}") for i in range(20)])]
+    job = validate(CurateJob, {"name": "run", "inputs": inputs, "filters": filters}, "x")
+    engines = EngineHost()
+    try:
+        with pytest.raises(DataError, match=r"only 0 of 20 rows are kept; most were ended by `no_score` \(20 rows\)"):
+            stage.run(job, RunStore(str(tmp_path), "run"), "curate", engines, Progress(quiet=True))
+        assert engines.pool(job.filters[0].judge).requests == 20  # type: ignore[union-attr]
+    finally:
+        engines.close()
+    (folder,) = (tmp_path / "run").glob("curate-*")
+    assert all(row["raw"] for row in pq.read_table(folder / "rejected").to_pylist())
