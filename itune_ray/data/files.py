@@ -52,7 +52,7 @@ def read_rows(path: str, limit: int | None = None) -> Iterator[RawRow]:
 def files_of(path: str) -> list[Folder]:
     """The files a path means, in the order of their names; each as a `Folder` whose path is the file's."""
     place = Folder.at(path)
-    kind = place.fs.get_file_info(place.path).type
+    kind = place.kind()
     if kind == pafs.FileType.File:
         if not _suffix(place.path):
             raise DataError("no reader for this kind of file", got=path, allowed=ALLOWED, knob="path")

@@ -53,7 +53,15 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
-        return self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+        return self.kind(name) != pafs.FileType.NotFound
+
+    def kind(self, name: str = "") -> pafs.FileType:
+        """File, directory or nothing; a storage that cannot be asked is a `StorageError`."""
+        try:
+            return self.fs.get_file_info(self._at(name)).type
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StorageError(f"cannot reach the storage: {reason}", got=f"{self.uri}/{name}".rstrip("/")) from None
 
     def names(self) -> list[str]:
         """Sorted names of the files and folders in it; empty when it does not exist."""
@@ -88,7 +96,7 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or every Parquet file of a folder in the order of their names."""
-        if self.fs.get_file_info(self._at(name)).type == pafs.FileType.Directory:
+        if self.kind(name) == pafs.FileType.Directory:
             inside = self / name
             parts = [inside.read_table(part, columns) for part in inside.names() if part.endswith(".parquet")]
             if not parts:
@@ -120,7 +128,7 @@ class Folder:
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens when it is not there."""
-        kind = self.fs.get_file_info(self._at(name)).type
+        kind = self.kind(name)
         if kind == pafs.FileType.Directory:
             self.fs.delete_dir(self._at(name))
         elif kind == pafs.FileType.File:

@@ -115,6 +115,11 @@ def test_half_written_files_are_invisible(tmp_path):
     assert Folder.at(tmp_path).names() == []
 
 
+def test_a_storage_that_cannot_be_asked_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot reach the storage: .*too long"):
+        Folder.at(tmp_path / ("x" * 400)).exists()
+
+
 def test_unknown_schemes_say_what_is_allowed():
     with pytest.raises(StorageError, match="s3://"):
         Folder.at("nosuch://bucket/x")
