@@ -4,7 +4,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from itune_ray.engine.base import EngineDiedError
-from itune_ray.engine.orphans import kill_children_when_i_die
+from itune_ray.engine.orphans import children_die_with_me
 from itune_ray.engine.scoring import score_under_own_adapter
 from itune_ray.engine.stepper import Stepper
 
@@ -53,7 +53,8 @@ class InProcessBackend:
     def __init__(self, args: "AsyncEngineArgs"):
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._engine = LLMEngine.from_engine_args(args)
+        with children_die_with_me():  # tensor parallel workers
+            self._engine = LLMEngine.from_engine_args(args)
         if args.enable_lora:
             self._engine.collective_rpc(lambda worker: score_under_own_adapter(worker.model_runner))
         self._stepper = Stepper(self._engine)
@@ -92,8 +93,8 @@ class AsyncBackend:
     def __init__(self, args: "AsyncEngineArgs"):
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._engine = AsyncLLM.from_engine_args(args)
-        kill_children_when_i_die()
+        with children_die_with_me():
+            self._engine = AsyncLLM.from_engine_args(args)
         self._numbers = itertools.count()
 
     @property

@@ -1,4 +1,4 @@
-"""No engine outlives its actor: a watcher kills this process's children when it ends, even by SIGKILL.
+"""No engine outlives its actor: a watcher kills the engine's own processes when the actor ends, even by SIGKILL.
 
 vLLM's engine core is a process of its own on accelerators, and waits for ever, holding the device, when its parent is
 killed without a chance to clean up.
@@ -7,6 +7,8 @@ killed without a chance to clean up.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -26,11 +28,21 @@ for pid, start in children.items():
 """Blocks until the pipe closes, that is until its only writer is gone; a reused pid has another start time."""
 
 
-def kill_children_when_i_die() -> None:
-    """Watch the processes that are below this one now."""
-    children = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    if not children:
-        return
+@contextmanager
+def children_die_with_me() -> Iterator[None]:
+    """Processes that start below this one inside the context end when this one does."""
+    before = set(_children())
+    yield
+    children = [str(pid) for pid in _children() if pid not in before]
+    if children:
+        _watch(children)
+
+
+def _children() -> list[int]:
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+def _watch(children: list[str]) -> None:
     reader, _writer = os.pipe()  # the writer stays open as long as this process lives, and is not inherited
     subprocess.Popen(
         [sys.executable, "-S", "-c", _WATCH, str(reader), *children], pass_fds=(reader,), start_new_session=True,

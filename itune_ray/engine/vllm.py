@@ -266,5 +266,7 @@ def check_head_dim(folder: str, got: str) -> None:
 
 def _load_error(error: Exception, path: str) -> ModelError:
     text = one_line(error)
+    if "root cause above" in text:  # raised by the engine core's own process, which wrote the reason to its log
+        text += " (in the replica's log, below the Ray session's logs/)"
     knob = "engine.max_model_len or engine.kv_cache_gb" if "KV cache" in text else "model.path"
     return ModelError(f"vLLM cannot load the model: {text}", got=path, knob=knob)
