@@ -39,14 +39,18 @@ def _join(address: str) -> str | None:
     try:
         return _link(
             ray.init(
-                address=address, log_to_driver=False, logging_level=logging.WARNING,
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
                 runtime_env={"env_vars": dict(QUIET_ENVIRONMENT)},
             )
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(
-            f"cannot join the Ray cluster: {reason}", got=address, allowed="auto, host:port or ray://host:port",
+            f"cannot join the Ray cluster: {reason}",
+            got=address,
+            allowed="auto, host:port or ray://host:port",
             knob="run.ray.address or RAY_ADDRESS",
         ) from None
 
@@ -56,14 +60,19 @@ def _start_local(config: RayConfig) -> str | None:
 
     if config.dashboard_port is not None and port_in_use(config.dashboard_port):
         raise ClusterError(
-            "the dashboard's port is in use", got=config.dashboard_port, allowed="a free port, or none to take any",
+            "the dashboard's port is in use",
+            got=config.dashboard_port,
+            allowed="a free port, or none to take any",
             knob="run.ray.dashboard_port",
         )
     num_cpus = config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
     return _link(
         ray.init(
-            num_cpus=num_cpus, include_dashboard=config.dashboard, dashboard_port=config.dashboard_port,
-            log_to_driver=False, logging_level=logging.WARNING,
+            num_cpus=num_cpus,
+            include_dashboard=config.dashboard,
+            dashboard_port=config.dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
         )
     )
 

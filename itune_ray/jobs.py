@@ -18,27 +18,34 @@ class JobType:
 
 JOBS = {
     "generate": JobType(
-        "itune_ray.config.generate:GenerateJob", "itune_ray.generate.run:run",
+        "itune_ray.config.generate:GenerateJob",
+        "itune_ray.generate.run:run",
         "stream prompts through a recipe into a pool of vLLM engines",
     ),
     "curate": JobType(
-        "itune_ray.config.curate:CurateJob", "itune_ray.curate.run:run",
+        "itune_ray.config.curate:CurateJob",
+        "itune_ray.curate.run:run",
         "unite sources, deduplicate and filter, each rejected row with its reason",
     ),
     "train": JobType(
-        "itune_ray.config.train:TrainJob", "itune_ray.train.run:run",
+        "itune_ray.config.train:TrainJob",
+        "itune_ray.train.run:run",
         "tune a model on rows with Ray Train (full or LoRA; ddp or fsdp2)",
     ),
     "evaluate": JobType(
-        "itune_ray.config.evaluate:EvaluateJob", "itune_ray.evaluate.run:run",
+        "itune_ray.config.evaluate:EvaluateJob",
+        "itune_ray.evaluate.run:run",
         "score models on benchmarks with intervals, every answer stored",
     ),
     "report": JobType(
-        "itune_ray.config.report:ReportJob", "itune_ray.report.run:run",
+        "itune_ray.config.report:ReportJob",
+        "itune_ray.report.run:run",
         "collect a run's artifacts into report.html, tables.csv and summary.json",
     ),
     "pipeline": JobType(
-        "itune_ray.config.pipeline:PipelineJob", "itune_ray.pipeline.run:run", "run jobs chained by artifacts",
+        "itune_ray.config.pipeline:PipelineJob",
+        "itune_ray.pipeline.run:run",
+        "run jobs chained by artifacts",
     ),
 }
 

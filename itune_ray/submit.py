@@ -5,6 +5,7 @@ URIs or shared storage, and its output root must be given.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def submit(job_name: str, file: str, overrides: Sequence[str], job: Job, address
     if job.run.output is None and "ITUNE_OUTPUT" not in os.environ:
         raise StorageError(
             "a submitted job needs an output root that outlives it",
-            allowed="an absolute path on shared storage or a URI", knob="output=... or ITUNE_OUTPUT",
+            allowed="an absolute path on shared storage or a URI",
+            knob="output=... or ITUNE_OUTPUT",
         )
     entrypoint = " ".join(["python -m itune_ray", job_name, _travelling(file), *map(_quoted, overrides)])
     client = _client(address)
@@ -55,7 +57,9 @@ def runtime_env() -> dict[str, object]:
     package = Path(itune_ray.__file__).parent
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     env: dict[str, object] = {
-        "working_dir": os.getcwd(), "excludes": EXCLUDES, "env_vars": {**QUIET_ENVIRONMENT, **passed},
+        "working_dir": os.getcwd(),
+        "excludes": EXCLUDES,
+        "env_vars": {**QUIET_ENVIRONMENT, **passed},
     }
     return env if package.parent == Path.cwd() else {**env, "py_modules": [str(package)]}
 
@@ -77,12 +81,15 @@ def _client(address: str) -> "JobSubmissionClient":
     quiet_environment()
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it reports every uploaded package
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
-            f"no job server answers: {' '.join(str(error).split())[:200]}", got=address,
-            allowed="the dashboard's address, e.g. http://head:8265", knob="--address or RAY_API_SERVER_ADDRESS",
+            f"no job server answers: {' '.join(str(error).split())[:200]}",
+            got=address,
+            allowed="the dashboard's address, e.g. http://head:8265",
+            knob="--address or RAY_API_SERVER_ADDRESS",
         ) from None
 
 

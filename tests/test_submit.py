@@ -21,6 +21,8 @@ pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
+SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+"""As in an activated environment: the `python` of an entrypoint is the cluster's."""
 
 
 def free_port() -> int:
@@ -49,7 +51,7 @@ def cluster():
         f"--ray-client-server-port={free_port()}",
         f"--runtime-env-agent-port={free_port()}",
     ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
     head = subprocess.Popen(
         [str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -124,11 +126,7 @@ def project(tmp_path_factory):
 
 
 def shell(command: list[str], cwd: Path, timeout: float = 240) -> tuple[int, str]:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "disabled",
-    }
+    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
@@ -191,7 +189,7 @@ def test_a_stopped_job_leaves_no_engine_behind(ready, project, wait_until):
     command = [sys.executable, "-m", "itune_ray", "submit", "generate", "long.yaml", f"output={output}", "--no-wait"]
     status, seen = shell([*command, "--address", address], project)
     assert status == 0, seen
-    submission = seen.split()[1]
+    submission = seen.strip().splitlines()[-1].split()[1]
     ledger = output / "long"
     wait_until(lambda: any(ledger.glob("generate-*/ledger/commit-*.parquet")), "generation is under way", every=0.2)
     assert set(engines()) - before, "an engine runs while the job does"

@@ -74,9 +74,7 @@ def _item(row: Record) -> Item:
     reference = row.response or ""
     language = similarity.language_of(reference, row.meta.get("language"))
     category = str(row.meta.get("category") or row.meta.get("family") or language)
-    return Item(
-        key=row.key, reference=reference, category=category, messages=row.prompt, meta={"language": language}
-    )
+    return Item(key=row.key, reference=reference, category=category, messages=row.prompt, meta={"language": language})
 
 
 def _values(text: str, reference: str, language: str, wanted: set[str]) -> dict[str, float]:

@@ -29,7 +29,10 @@ class Perplexity(Benchmark):
     wants_texts = True
     metrics = (
         Metric(
-            "perplexity", "ratio", perplexity, "exp of the mean negative log-likelihood per supervised token",
+            "perplexity",
+            "ratio",
+            perplexity,
+            "exp of the mean negative log-likelihood per supervised token",
             higher_is_better=False,
         ),
     )

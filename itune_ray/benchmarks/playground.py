@@ -35,9 +35,7 @@ class Playground(Benchmark):
     """Right is the exact answer, white space at its ends aside."""
 
     version = "1"
-    metrics = (
-        Metric("exact_match", "share", share, "share of replies equal to the one right answer", binary=True),
-    )
+    metrics = (Metric("exact_match", "share", share, "share of replies equal to the one right answer", binary=True),)
 
     def __init__(self, config: PlaygroundBenchmark, name: str):
         super().__init__(name)
@@ -47,7 +45,9 @@ class Playground(Benchmark):
         self._options = options
         if self._shot_format not in SHOT_FORMATS:
             raise ConfigError(
-                "no such format of solved examples", got=self._shot_format, allowed=", ".join(SHOT_FORMATS),
+                "no such format of solved examples",
+                got=self._shot_format,
+                allowed=", ".join(SHOT_FORMATS),
                 knob="benchmarks.N.options.shot_format",
             )
 
@@ -62,7 +62,10 @@ class Playground(Benchmark):
     def settings(self) -> dict[str, Any]:
         config = self.config
         facts: dict[str, Any] = {
-            "split": config.split, "rows": config.rows, "seed": config.seed, "shots": config.shots,
+            "split": config.split,
+            "rows": config.rows,
+            "seed": config.seed,
+            "shots": config.shots,
         }
         return facts | ({"shot_format": self._shot_format} if config.shots else {}) | self._options
 

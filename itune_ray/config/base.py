@@ -106,9 +106,7 @@ def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
         if isinstance(node, list):
             items = typing.cast(list[Any], node)
             if not key.isdigit() or int(key) > len(items):
-                raise ConfigError(
-                    f"override {override!r} needs a list index", got=key, allowed=f"0 to {len(items)}"
-                )
+                raise ConfigError(f"override {override!r} needs a list index", got=key, allowed=f"0 to {len(items)}")
             if int(key) == len(items):
                 items.append({})
             slot: Any = int(key)

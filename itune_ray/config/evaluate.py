@@ -38,7 +38,9 @@ class IfScoreBenchmark(BenchmarkBase):
     source: Source
     """Rows whose last assistant turn is the reference."""
     metrics: Annotated[tuple[Literal["bleu", "rouge1", "rouge2", "rougeL", "chrf", "em"], ...], Field(min_length=1)] = (
-        "bleu", "rougeL", "em",
+        "bleu",
+        "rougeL",
+        "em",
     )
 
 

@@ -121,8 +121,16 @@ class VllmEngineConfig(Schema):
 
     beside_identity = frozenset(
         {
-            "max_num_seqs", "gpu_memory_utilization", "kv_cache_gb", "tensor_parallel", "pipeline_parallel",
-            "max_adapters", "max_adapter_rank", "max_logprobs", "enforce_eager", "request_log",
+            "max_num_seqs",
+            "gpu_memory_utilization",
+            "kv_cache_gb",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "max_adapters",
+            "max_adapter_rank",
+            "max_logprobs",
+            "enforce_eager",
+            "request_log",
         }
     )
 

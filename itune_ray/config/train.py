@@ -69,7 +69,10 @@ class TrainedModel(Schema):
         """The pretrained model as a `ModelRef`."""
         assert self.path is not None
         return ModelRef(
-            path=self.path, revision=self.revision, tokenizer=self.tokenizer, chat_template=self.chat_template,
+            path=self.path,
+            revision=self.revision,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -169,7 +172,11 @@ class TrainJob(Job):
     """Tune a model on a weighted union of rows; writes checkpoint/, model/ and, for adapters, adapter/."""
 
     beside_identity = Job.beside_identity | {
-        "workers", "micro_batch", "checkpoint", "log_every", "gradient_checkpointing"
+        "workers",
+        "micro_batch",
+        "checkpoint",
+        "log_every",
+        "gradient_checkpointing",
     }
 
     model: TrainedModel

@@ -59,7 +59,8 @@ class Board:
         """Numbers of the rows still standing, of the named sources or of all."""
         wanted = {index for index, name in enumerate(self.mixture.names) if not only or name in only}
         return [
-            row for row, member in enumerate(self.mixture.members)
+            row
+            for row, member in enumerate(self.mixture.members)
             if member.part in wanted and self._standing[row].status == "accepted"
         ]
 
@@ -135,9 +136,12 @@ class Board:
         ends = [*self._standing, *(_standing_of(outcome) for _, outcome in quarantined)]
         columns = {
             "input_key": records["key"],
-            "status": [end.status for end in ends], "reason": [end.reason for end in ends],
-            "score": [end.score for end in ends], "cause": [end.cause for end in ends],
-            "attempts": [end.attempts for end in ends], "raw": [end.raw for end in ends],
+            "status": [end.status for end in ends],
+            "reason": [end.reason for end in ends],
+            "score": [end.score for end in ends],
+            "cause": [end.cause for end in ends],
+            "attempts": [end.attempts for end in ends],
+            "raw": [end.raw for end in ends],
             "input": [self.mixture.names[part] for part in parts],
             "duplicate_of": pa.array([end.duplicate_of for end in ends], pa.string()),
         }
@@ -151,6 +155,10 @@ class Board:
 
 def _standing_of(outcome: Outcome) -> Standing:
     return Standing(
-        reason=outcome.reason, cause=outcome.cause, attempts=outcome.attempts, score=outcome.score, raw=outcome.raw,
+        reason=outcome.reason,
+        cause=outcome.cause,
+        attempts=outcome.attempts,
+        score=outcome.score,
+        raw=outcome.raw,
         by="union",
     )

@@ -19,7 +19,11 @@ def unrated(records: Sequence[Record], ledger: Ledger) -> dict[str, Record]:
 
 
 def rate_all(
-    records: Sequence[Record], judge: JudgeFilter, llm_of: Callable[[], Llm], ledger: Ledger, in_flight: int,
+    records: Sequence[Record],
+    judge: JudgeFilter,
+    llm_of: Callable[[], Llm],
+    ledger: Ledger,
+    in_flight: int,
     on_progress: OnProgress = lambda done, tokens: None,
 ) -> int:
     """Rate every content that is not rated; failures that may mend are asked again. Returns the tokens generated.
@@ -47,7 +51,11 @@ def rate_all(
 
 
 async def _ask(
-    pending: Iterator[tuple[str, Record]], judge: JudgeFilter, llm: Llm, attempts: Mapping[str, int], in_flight: int,
+    pending: Iterator[tuple[str, Record]],
+    judge: JudgeFilter,
+    llm: Llm,
+    attempts: Mapping[str, int],
+    in_flight: int,
     settle: Callable[[Outcome], None],
 ) -> None:
     async def worker() -> None:

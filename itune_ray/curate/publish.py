@@ -51,5 +51,7 @@ def _check_min_rows(job: CurateJob, funnel: Funnel, artifact: Artifact) -> None:
     most = f"; most were ended by `{ends[0][0]}` ({ends[0][1]} rows)" if ends else ""
     raise DataError(
         f"only {funnel.accepted} of {funnel.rows_in} rows are kept{most}, see {artifact.path('rejected')}",
-        got=funnel.accepted, allowed=f"at least {job.min_rows}", knob="min_rows",
+        got=funnel.accepted,
+        allowed=f"at least {job.min_rows}",
+        knob="min_rows",
     )

@@ -152,7 +152,8 @@ def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> N
     reached = [row for row in reached if board.ended_by(row) in (None, step.name)]
     settled = filter.settle(
         Seen(
-            [board.record(row) for row in reached], [board.ended_by(row) is None for row in reached],
+            [board.record(row) for row in reached],
+            [board.ended_by(row) is None for row in reached],
             [board.score_of(step.name, row) for row in reached],
         )
     )

@@ -41,7 +41,9 @@ def check_steps(steps: Sequence[Step], tables: Sequence[SourceTable]) -> None:
         for name in step.config.only:
             if name not in names:
                 raise ConfigError(
-                    f"filter {step.name} names no input{did_you_mean(name, names)}", got=name, allowed=", ".join(names),
+                    f"filter {step.name} names no input{did_you_mean(name, names)}",
+                    got=name,
+                    allowed=", ".join(names),
                     knob="filters.N.only",
                 )
     contracts = [Contract(f"filters.{i} ({s.name})", s.filter.needs, only=s.config.only) for i, s in enumerate(steps)]

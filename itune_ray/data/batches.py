@@ -56,8 +56,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True)
-                 for name in ("input_ids", "labels", "position_ids", "documents")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "labels", "position_ids", "documents")
+        }
         return replace(self, **moved)
 
 
@@ -87,8 +89,11 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
         if len(row.lengths) > 1:
             positions[b, length:] = np.arange(width - length)
     return Batch(
-        input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels), position_ids=torch.from_numpy(positions),
-        documents=torch.from_numpy(documents), keys=tuple(row.keys for row in rows),
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions),
+        documents=torch.from_numpy(documents),
+        keys=tuple(row.keys for row in rows),
     )
 
 
@@ -109,7 +114,9 @@ def model_inputs(batch: Batch, masking: Masking, dtype: torch.dtype) -> dict[str
         dtype: Compute dtype of the mask; one in fp32 would pull bf16 attention scores up to fp32.
     """
     inputs: dict[str, object] = {
-        "input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False,
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
     }
     if masking == "varlen":
         inputs |= _varlen(batch)

@@ -195,7 +195,9 @@ def read_template(template: str) -> str:
     file = Path(template)
     if not file.is_file():
         raise ConfigError(
-            "the chat template is neither Jinja nor a file", got=template, allowed="Jinja text or a path",
+            "the chat template is neither Jinja nor a file",
+            got=template,
+            allowed="Jinja text or a path",
             knob="model.chat_template",
         )
     return file.read_text(encoding="utf-8")

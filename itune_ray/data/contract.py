@@ -29,8 +29,11 @@ def facets(records: Iterable[Record]) -> set[str]:
     found: set[str] = set()
     for record in records:
         present = {
-            "text": record.text is not None, "messages": bool(record.messages), "prompt": bool(record.prompt),
-            "response": record.response is not None, "finish_reason": record.finish_reason is not None,
+            "text": record.text is not None,
+            "messages": bool(record.messages),
+            "prompt": bool(record.prompt),
+            "response": record.response is not None,
+            "finish_reason": record.finish_reason is not None,
         }
         found.update(name for name, there in present.items() if there)
         found.update(f"meta.{name}" for name in record.meta)
@@ -47,6 +50,7 @@ def check(steps: Sequence[Contract], facets_by_source: Mapping[str, set[str]]) -
         if missing and sources:
             raise DataError(
                 f"{step.name} needs {', '.join(missing)}, and no row of {', '.join(sources)} has it",
-                got=", ".join(sorted(present)) or "no facets", knob=step.name.split(" ")[0],
+                got=", ".join(sorted(present)) or "no facets",
+                knob=step.name.split(" ")[0],
             )
         added |= step.provides

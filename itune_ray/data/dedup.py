@@ -106,9 +106,7 @@ def exact_duplicates(texts: pa.Table, level: int, blocks: int | None = None) -> 
     """
     if blocks is None:
         return _exact_of(_losers_by_digest(_digests(texts, level)))
-    digests = _dataset(texts, blocks).map_batches(
-        partial(_digests, level=level, partitions=blocks), **_BLOCKWISE
-    )
+    digests = _dataset(texts, blocks).map_batches(partial(_digests, level=level, partitions=blocks), **_BLOCKWISE)
     return _exact_of(_gathered(_grouped(digests, _losers_by_digest, blocks), _LOSER_SCHEMA))
 
 
@@ -215,9 +213,7 @@ def _candidates(distinct: minhash.Ids, sets: ShingleSets, settings: NearSettings
     rows = _shingle_rows(distinct, sets)
     if blocks is None:
         return _pairs_of(_pairs_in_partition(_bands(rows, settings, 1)))
-    banded = _dataset(rows, blocks).map_batches(
-        partial(_bands, settings=settings, partitions=blocks), **_BLOCKWISE
-    )
+    banded = _dataset(rows, blocks).map_batches(partial(_bands, settings=settings, partitions=blocks), **_BLOCKWISE)
     return _pairs_of(_gathered(_grouped(banded, _pairs_in_partition, blocks), _PAIR_SCHEMA))
 
 
@@ -233,7 +229,8 @@ def _bands(rows: pa.Table, settings: NearSettings, partitions: int) -> pa.Table:
     keys = minhash.band_hashes(minhash.signatures(sets, settings.num_perm), settings.bands, settings.rows).ravel()
     return pa.table(
         {
-            "partition": (keys % np.uint64(partitions)).astype(np.int32), "band": keys,
+            "partition": (keys % np.uint64(partitions)).astype(np.int32),
+            "band": keys,
             "id": np.repeat(rows["id"].to_numpy(), settings.bands),
         }
     )

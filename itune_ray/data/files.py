@@ -142,7 +142,9 @@ def _json_rows(file: Folder) -> Iterator[RawRow]:
     rows = tree.get("data", [tree]) if isinstance(tree, dict) else tree
     if not isinstance(rows, list):
         raise DataError(
-            "the JSON file holds no list of rows", got=type(rows).__name__, allowed='[{...}, ...] or {"data": [...]}',
+            "the JSON file holds no list of rows",
+            got=type(rows).__name__,
+            allowed='[{...}, ...] or {"data": [...]}',
             knob="path",
         )
     yield from (_row_of(position, row) for position, row in enumerate(rows))

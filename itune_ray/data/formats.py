@@ -32,12 +32,22 @@ PROMPT = ("instruction", "prompt")
 CONTEXT = ("input", "context")
 ANSWER = ("output", "response", "completion")
 SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
 }
 """`from` in ShareGPT files -> role."""
 FOLLOWERS = {
-    None: {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"},
+    None: {"system", "user"},
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user", "tool"},
     "tool": {"tool", "assistant"},
 }
 """Which roles may follow a role; None is the start."""
@@ -61,7 +71,8 @@ def detect(columns: Iterable[str]) -> Layout:
     if "text" in found:
         return "text"
     raise DataError(
-        "no row layout fits these columns", got=", ".join(sorted(found)) or "no columns",
+        "no row layout fits these columns",
+        got=", ".join(sorted(found)) or "no columns",
         allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), prompt, text",
         knob="format",
     )
@@ -154,8 +165,12 @@ def _from_text(row: Mapping[str, Any]) -> Record:
 
 
 _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
-    "records": _from_records, "messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca,
-    "prompt": _from_prompt, "text": _from_text,
+    "records": _from_records,
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt": _from_prompt,
+    "text": _from_text,
 }
 
 

@@ -103,8 +103,10 @@ def _check_kind(folder: Path, path: str, kind: Kind) -> None:
     if not any((folder / marker).is_file() for marker in markers):
         present = ", ".join(sorted(f.name for f in folder.iterdir())[:6]) or "nothing"
         raise ModelError(
-            f"the folder is no {kind}: it holds no {' or '.join(markers)} (it holds {present})", got=path,
-            allowed=f"a Hugging Face {kind} folder", knob="model.path",
+            f"the folder is no {kind}: it holds no {' or '.join(markers)} (it holds {present})",
+            got=path,
+            allowed=f"a Hugging Face {kind} folder",
+            knob="model.path",
         )
 
 
@@ -113,8 +115,10 @@ def _not_found(path: str) -> ModelError:
     near = [f.name for f in parent.iterdir() if f.is_dir()] if parent.is_dir() else []
     hint = did_you_mean(Path(path).name, near)
     return ModelError(
-        f"the model is neither a folder nor reachable on the Hub{hint}", got=path,
-        allowed="a folder, a Hub id (network or cache needed), s3://, gs:// or playground://NAME", knob="model.path",
+        f"the model is neither a folder nor reachable on the Hub{hint}",
+        got=path,
+        allowed="a folder, a Hub id (network or cache needed), s3://, gs:// or playground://NAME",
+        knob="model.path",
     )
 
 
@@ -128,8 +132,10 @@ def _playground_folder(name: str) -> Path:
     if not name or not folder.is_dir():
         shipped = sorted(f.name for f in models.iterdir() if f.is_dir()) if models.is_dir() else []
         raise ModelError(
-            f"the playground ships no such model{did_you_mean(name, shipped)}", got=f"playground://{name}",
-            allowed=", ".join(shipped) or "none is built yet", knob="model.path",
+            f"the playground ships no such model{did_you_mean(name, shipped)}",
+            got=f"playground://{name}",
+            allowed=", ".join(shipped) or "none is built yet",
+            knob="model.path",
         )
     return folder
 
@@ -144,10 +150,15 @@ def _hub_snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
     commit = _hub_commit(repo, revision)
     try:
         with _node_lock(f"hub-{repo}"):
-            folder = Path(snapshot_download(
-                repo, revision=commit or revision, allow_patterns=[f"*{s}" for s in _WANTED_SUFFIXES],
-                ignore_patterns=["original/*", "onnx/*"], local_files_only=commit is None,
-            ))
+            folder = Path(
+                snapshot_download(
+                    repo,
+                    revision=commit or revision,
+                    allow_patterns=[f"*{s}" for s in _WANTED_SUFFIXES],
+                    ignore_patterns=["original/*", "onnx/*"],
+                    local_files_only=commit is None,
+                )
+            )
             if commit is not None and not _has_weights(folder):
                 snapshot_download(repo, revision=commit, allow_patterns=["*.bin"])
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):

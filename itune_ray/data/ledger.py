@@ -59,8 +59,14 @@ class Outcome:
     def to_row(self) -> dict[str, Any]:
         """As a dict in `LEDGER_SCHEMA`."""
         return {
-            **self.record.to_row(), "input_key": self.input_key, "status": self.status, "reason": self.reason,
-            "score": self.score, "cause": self.cause, "attempts": self.attempts, "raw": self.raw,
+            **self.record.to_row(),
+            "input_key": self.input_key,
+            "status": self.status,
+            "reason": self.reason,
+            "score": self.score,
+            "cause": self.cause,
+            "attempts": self.attempts,
+            "raw": self.raw,
         }
 
     @classmethod
@@ -69,7 +75,8 @@ class Outcome:
         kept = ("input_key", "status", "reason", "cause", "attempts", "raw")
         score = row.get("score")
         return cls(
-            record=Record.from_row(row), score=float("nan") if score is None else float(score),
+            record=Record.from_row(row),
+            score=float("nan") if score is None else float(score),
             **{name: row[name] for name in kept},
         )
 

@@ -120,9 +120,13 @@ def mix_report(mixture: Mixture, kept: Iterable[Member], seed: int) -> list[MixR
         used[member.part] += epoch_multiplicity(member.record.weight, member.record.key, seed)
     return [
         {
-            "source": name, "rows_in": rows_in[i], "kept": kept_rows[i], "weight": mixture.parts[i].weight,
+            "source": name,
+            "rows_in": rows_in[i],
+            "kept": kept_rows[i],
+            "weight": mixture.parts[i].weight,
             "planned_share": _share(mass_in[i], sum(mass_in.values())),
-            "share": _share(mass_kept[i], sum(mass_kept.values())), "rows_per_epoch": used[i],
+            "share": _share(mass_kept[i], sum(mass_kept.values())),
+            "rows_per_epoch": used[i],
         }
         for i, name in enumerate(mixture.names)
     ]

@@ -124,8 +124,15 @@ class Order:
 
 
 def write_order(
-    documents: pa.Table, folder: str, *, digest: str, seed: int, batch: int, capacity: int | None,
-    epochs: float | None, steps: int | None,
+    documents: pa.Table,
+    folder: str,
+    *,
+    digest: str,
+    seed: int,
+    batch: int,
+    capacity: int | None,
+    epochs: float | None,
+    steps: int | None,
 ) -> Plan:
     """Write the packed table of a run to `folder` (a path or URI) and return its plan, which is written last.
 

@@ -185,15 +185,20 @@ def _downloaded(source: HubSource) -> tuple[Iterable[Mapping[str, Any]], str | N
     try:
         with _no_network(commit is None):
             loaded = load_dataset(
-                source.path, source.subset, split=source.split, revision=commit or source.revision,
+                source.path,
+                source.subset,
+                split=source.split,
+                revision=commit or source.revision,
                 download_config=DownloadConfig(local_files_only=commit is None),
                 download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
             )
     except (DatasetsError, OSError, ValueError) as error:
         offline = "" if commit else " (the Hub cannot be reached, and this machine has no copy)"
         raise DataError(
-            f"the dataset cannot be read{offline}: {' '.join(str(error).split())[:200]}", got=source.path,
-            allowed="org/name of a Hub dataset, or a folder of datasets.save_to_disk", knob="path",
+            f"the dataset cannot be read{offline}: {' '.join(str(error).split())[:200]}",
+            got=source.path,
+            allowed="org/name of a Hub dataset, or a folder of datasets.save_to_disk",
+            knob="path",
         ) from None
     return loaded, commit  # type: ignore[return-value]
 
@@ -235,7 +240,9 @@ def _hub_commit(source: HubSource) -> str | None:
         raise DataError("the dataset has no such revision", got=source.revision, knob="revision") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise DataError(
-            "no such dataset on the Hub, and no such folder here", got=source.path, allowed="org/name or a folder",
+            "no such dataset on the Hub, and no such folder here",
+            got=source.path,
+            allowed="org/name or a folder",
             knob="path",
         ) from None
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.HTTPError, OSError):

@@ -56,7 +56,9 @@ class AdapterSlots:
             return self._slots[folder]
         if self._capacity == 0:
             raise ModelError(
-                "the engine was started without room for LoRA adapters", got=folder, allowed="1 or more",
+                "the engine was started without room for LoRA adapters",
+                got=folder,
+                allowed="1 or more",
                 knob="engine.max_adapters",
             )
         if len(self._slots) >= self._capacity:

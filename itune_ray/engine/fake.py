@@ -72,7 +72,9 @@ class FakeEngine:
         kept = words[:cut]
         ids = tuple(_token(word) for word in kept)
         return Sample(
-            text=" ".join(kept), token_ids=ids, finish_reason=finish,
+            text=" ".join(kept),
+            token_ids=ids,
+            finish_reason=finish,
             logprobs=None if sampling.logprobs is None else tuple({i: -_draw("logprob", i)} for i in ids),
         )
 

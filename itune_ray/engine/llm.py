@@ -16,7 +16,10 @@ from itune_ray.engine.base import Completion, Engine, Request, Sampling
 def sampling_of(config: SamplingConfig) -> Sampling:
     """The engine's sampling from the job's."""
     return Sampling(
-        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
         stop=config.stop,
     )
 
@@ -34,7 +37,13 @@ class EngineLlm:
     """
 
     def __init__(
-        self, engine: Engine, *, model: str, sampling: Sampling, seed: int = 0, stage: str = "",
+        self,
+        engine: Engine,
+        *,
+        model: str,
+        sampling: Sampling,
+        seed: int = 0,
+        stage: str = "",
         adapter: str | None = None,
     ):
         self._engine, self._seed, self._stage, self._adapter = engine, seed, stage, adapter

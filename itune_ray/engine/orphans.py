@@ -45,7 +45,11 @@ def _children() -> list[int]:
 def _watch(children: list[str]) -> None:
     reader, _writer = os.pipe()  # the writer stays open as long as this process lives, and is not inherited
     subprocess.Popen(
-        [sys.executable, "-S", "-c", _WATCH, str(reader), *children], pass_fds=(reader,), start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-S", "-c", _WATCH, str(reader), *children],
+        pass_fds=(reader,),
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(reader)

@@ -86,7 +86,8 @@ class PoolClient:
             self._route_around(router, index, answer)
             if deaths > self._config.max_restarts:
                 raise GenerationError(
-                    f"{deaths} replicas died under the same request: {answer}", got=request.id,
+                    f"{deaths} replicas died under the same request: {answer}",
+                    got=request.id,
                     knob="pool.max_restarts",
                 )
 
@@ -262,7 +263,8 @@ class EngineHost:
     def _require_room(self, served: ServedModel) -> None:
         beside = f" beside {len(self._pools)} running pools" if self._pools else ""
         cluster.require(
-            self.held_with(served), f"{served.pool.replicas} engine replicas of {served.model.path}{beside}",
+            self.held_with(served),
+            f"{served.pool.replicas} engine replicas of {served.model.path}{beside}",
             "pool.replicas, pool.cpus_each, pool.gpus_each or run.ray.num_cpus",
         )
 
@@ -319,7 +321,8 @@ def _add_replica(pool: Pool) -> None:
         group = placement_group([bundle_of(config)] * shards, strategy="PACK")
         pool.groups.append(group)
         options = {
-            "num_cpus": config.cpus_each, "num_gpus": 0,
+            "num_cpus": config.cpus_each,
+            "num_gpus": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
             ),

@@ -42,8 +42,10 @@ def servable_adapter(adapter: Path, base: Path, scratch: Path, max_rank: int) ->
         ids = _token_ids(config["trainable_token_indices"], module)
         if len(ids) > max_rank:
             raise ModelError(
-                "the adapter trains more token rows than the engine has ranks", got=len(ids),
-                allowed=f"at most {max_rank}", knob="engine.max_adapter_rank",
+                "the adapter trains more token rows than the engine has ranks",
+                got=len(ids),
+                allowed=f"at most {max_rank}",
+                knob="engine.max_adapter_rank",
             )
         change = weights.pop(name).float() - base_rows(base, f"{module}.weight", ids).float()
         weights |= _as_lora(module, ids, change / _scaling(config), _vocabulary(base), _is_tied(base))
@@ -76,9 +78,7 @@ def _as_lora(module: str, ids: list[int], change_KD: "Tensor", vocabulary: int, 
     head = {f"{_PREFIX}{HEAD}.lora_A.weight": change_KD, f"{_PREFIX}{HEAD}.lora_B.weight": chosen_KV.T}
     if module.rpartition(".")[2] == HEAD:
         return head
-    embedding = {
-        f"{_PREFIX}{module}.lora_embedding_A": chosen_KV, f"{_PREFIX}{module}.lora_embedding_B": change_KD.T
-    }
+    embedding = {f"{_PREFIX}{module}.lora_embedding_A": chosen_KV, f"{_PREFIX}{module}.lora_embedding_B": change_KD.T}
     return embedding | (head if tied else {})
 
 

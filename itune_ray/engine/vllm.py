@@ -170,15 +170,20 @@ def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str
         raise _load_error(error, model.path) from error
 
 
-def engine_args(
-    config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, on_cpu: bool
-) -> dict[str, Any]:
+def engine_args(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, on_cpu: bool) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs` for this engine."""
     args: dict[str, Any] = {
-        "model": folder, "tokenizer": tokenizer, "dtype": model.dtype, "trust_remote_code": model.trust_remote_code,
-        "max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs, "seed": 0,
-        "tensor_parallel_size": config.tensor_parallel, "pipeline_parallel_size": config.pipeline_parallel,
-        "max_logprobs": config.max_logprobs, "disable_log_stats": True,
+        "model": folder,
+        "tokenizer": tokenizer,
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "seed": 0,
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "max_logprobs": config.max_logprobs,
+        "disable_log_stats": True,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
     }
     parallel = config.tensor_parallel * config.pipeline_parallel > 1
@@ -204,9 +209,15 @@ def sampling_params(sampling: Sampling) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=1 if sampling.temperature == 0 else sampling.n, seed=sampling.seed, temperature=sampling.temperature,
-        top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_tokens, stop=list(sampling.stop),
-        logprobs=sampling.logprobs, prompt_logprobs=sampling.prompt_logprobs,
+        n=1 if sampling.temperature == 0 else sampling.n,
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop),
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -219,7 +230,9 @@ def completion_of(request: Request, output: Any) -> Completion:
         return Completion(id=request.id, error=f"the engine ended the request with `{odd[0]}`", retryable=True)
     samples = tuple(
         Sample(
-            text=part.text, token_ids=tuple(part.token_ids), finish_reason=_FINISHED[part.finish_reason],
+            text=part.text,
+            token_ids=tuple(part.token_ids),
+            finish_reason=_FINISHED[part.finish_reason],
             logprobs=None if part.logprobs is None else tuple(_values(entry) for entry in part.logprobs),
         )
         for part in outputs
@@ -259,8 +272,10 @@ def check_head_dim(folder: str, got: str) -> None:
     head_dim = config.get("head_dim") or (hidden // heads if heads and hidden else None)
     if head_dim is not None and head_dim not in CPU_HEAD_DIMS:
         raise ModelError(
-            f"vLLM's CPU attention has no head_dim {head_dim}", got=got,
-            allowed=f"head_dim in {sorted(CPU_HEAD_DIMS)}, or a GPU", knob="model.path",
+            f"vLLM's CPU attention has no head_dim {head_dim}",
+            got=got,
+            allowed=f"head_dim in {sorted(CPU_HEAD_DIMS)}, or a GPU",
+            knob="model.path",
         )
 
 
@@ -268,5 +283,6 @@ def _load_error(error: Exception, path: str) -> ModelError:
     text = one_line(error)
     if "root cause above" in text:  # raised by the engine core's own process, which wrote the reason to its log
         text += " (in the replica's log, below the Ray session's logs/)"
-    knob = "engine.max_model_len or engine.kv_cache_gb" if "KV cache" in text else "model.path"
+    too_long = "KV cache" in text or "max_model_len" in text
+    knob = "engine.max_model_len or engine.kv_cache_gb" if too_long else "model.path"
     return ModelError(f"vLLM cannot load the model: {text}", got=path, knob=knob)

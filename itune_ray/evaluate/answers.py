@@ -42,20 +42,36 @@ def outcome_of(answer: Answer, attempts: int) -> Outcome:
     question, item = answer.question, answer.question.item
     grade, reply = answer.grade, answer.reply
     meta: dict[str, Any] = {
-        "model": question.model, "benchmark": question.benchmark, "item": item.key, "category": item.category,
-        "groups": list(item.groups), "prompt": item.prompt, "reference": item.reference,
+        "model": question.model,
+        "benchmark": question.benchmark,
+        "item": item.key,
+        "category": item.category,
+        "groups": list(item.groups),
+        "prompt": item.prompt,
+        "reference": item.reference,
         "retryable": answer.retryable,
     }
     if grade is not None:
         meta |= {"ok": grade.ok, "sums": grade.sums, "details": grade.details}
     record = Record(
-        source=question.source, position=question.position, messages=item.messages or (), text=item.text, meta=meta,
-        model=question.model, seed=answer.seed, finish_reason=reply.finish_reason if reply else "error",
-        num_prompt_tokens=answer.num_prompt_tokens, num_tokens=answer.num_tokens,
+        source=question.source,
+        position=question.position,
+        messages=item.messages or (),
+        text=item.text,
+        meta=meta,
+        model=question.model,
+        seed=answer.seed,
+        finish_reason=reply.finish_reason if reply else "error",
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_tokens=answer.num_tokens,
     )
     return Outcome(
-        record=record, input_key=question.key, status="failed" if grade is None else "accepted",
-        score=math.nan if grade is None else grade.score, cause=cause_of(answer.cause), attempts=attempts,
+        record=record,
+        input_key=question.key,
+        status="failed" if grade is None else "accepted",
+        score=math.nan if grade is None else grade.score,
+        cause=cause_of(answer.cause),
+        attempts=attempts,
         raw=reply.text if reply else None,
     )
 
@@ -85,7 +101,12 @@ def _answer_row(row: Mapping[str, Any]) -> dict[str, Any]:
     meta = json.loads(row["meta"])
     return {
         **{name: meta[name] for name in ("model", "benchmark", "item", "category", "groups", "prompt", "reference")},
-        "reply": row["raw"], "score": row["score"], "ok": meta.get("ok"), "finish_reason": row["finish_reason"],
-        "prompt_tokens": row["num_prompt_tokens"], "tokens": row["num_tokens"], "failure": row["cause"],
+        "reply": row["raw"],
+        "score": row["score"],
+        "ok": meta.get("ok"),
+        "finish_reason": row["finish_reason"],
+        "prompt_tokens": row["num_prompt_tokens"],
+        "tokens": row["num_tokens"],
+        "failure": row["cause"],
         "sums": json.dumps(meta.get("sums", {})),
     }

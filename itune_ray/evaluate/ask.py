@@ -144,7 +144,11 @@ class Asker:
             reply, tokens = Reply(text=sample.text, finish_reason=sample.finish_reason), len(sample.token_ids)
         grade = self._benchmarks[question.benchmark].grade(question.item, reply)
         return Answer(
-            question=question, reply=reply, grade=grade, num_prompt_tokens=prompt_tokens, num_tokens=tokens,
+            question=question,
+            reply=reply,
+            grade=grade,
+            num_prompt_tokens=prompt_tokens,
+            num_tokens=tokens,
             seed=request.sampling.seed,
         )
 

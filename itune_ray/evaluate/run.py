@@ -179,8 +179,12 @@ def _publish(
     funnel = _funnel(job, measures, ledger)
     prompt, generated = (int(table[name].to_numpy().sum()) for name in ("prompt_tokens", "tokens"))
     artifact.finish(
-        scores=_brief(scores), rows=table.num_rows, tokens=prompt + generated, prompt_tokens=prompt,
-        generated_tokens=generated, funnel=funnel.to_json(),
+        scores=_brief(scores),
+        rows=table.num_rows,
+        tokens=prompt + generated,
+        prompt_tokens=prompt,
+        generated_tokens=generated,
+        funnel=funnel.to_json(),
     )
 
 
@@ -213,5 +217,3 @@ def _funnel(job: EvaluateJob, measures: Sequence[Benchmark], ledger: Ledger) -> 
 def _brief(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     kept = ("value", "low", "high", "n", "failed")
     return {m: {b: {k: s[k] for k in kept} for b, s in per.items()} for m, per in scores.items()}
-
-

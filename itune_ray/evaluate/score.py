@@ -62,20 +62,27 @@ def score_benchmark(
     failed = sum(row["failure"] is not None for row in rows)
     graded = [(item, sums) for item, row in zip(items, rows, strict=True) if (sums := _sums(benchmark, item, row))]
     shared = {
-        "failed": failed, "failed_as": benchmark.failed_as,
+        "failed": failed,
+        "failed_as": benchmark.failed_as,
         "truncated": sum(row["finish_reason"] == "length" for row in rows) if not benchmark.wants_texts else 0,
     }
     scores: dict[str, dict[str, Any]] = {}
     for name, metric in score_names(benchmark).items():
         draws = _Draws(metric, config, row_seed(seed, "bootstrap", benchmark.name))
         scores[name] = {
-            **draws.score([sums[metric.name] for _, sums in graded]).to_json(), **shared,
-            "benchmark": benchmark.name, "metric": metric.name, "unit": metric.unit, "definition": metric.definition,
+            **draws.score([sums[metric.name] for _, sums in graded]).to_json(),
+            **shared,
+            "benchmark": benchmark.name,
+            "metric": metric.name,
+            "unit": metric.unit,
+            "definition": metric.definition,
             "higher_is_better": metric.higher_is_better,
             "categories": draws.slices((item.category, sums[metric.name]) for item, sums in graded),
             "groups": draws.slices((g, sums[metric.name]) for item, sums in graded for g in item.groups),
             "settings": {
-                "version": benchmark.version, **benchmark.settings(), **(settings or {}),
+                "version": benchmark.version,
+                **benchmark.settings(),
+                **(settings or {}),
                 "interval": f"{config.level:.0%}, {config.samples} resamples",
             },
         }

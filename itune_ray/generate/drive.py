@@ -35,7 +35,9 @@ def check_keys(records: Iterable[Record]) -> None:
     for record in records:
         if record.key in seen:
             raise DataError(
-                "two inputs have the same key", got=record.key, allowed="sources of different names",
+                "two inputs have the same key",
+                got=record.key,
+                allowed="sources of different names",
                 knob="prompts[].name",
             )
         seen.add(record.key)
@@ -48,7 +50,12 @@ def quarantine(ledger: Ledger, outcomes: Sequence[Outcome], max_attempts: int) -
 
 
 def drive(
-    records: Sequence[Record], ledger: Ledger, stream: Stream, *, commit: CommitConfig, max_attempts: int,
+    records: Sequence[Record],
+    ledger: Ledger,
+    stream: Stream,
+    *,
+    commit: CommitConfig,
+    max_attempts: int,
     on_progress: Callable[[int, Tally], None] = lambda settled, tally: None,
 ) -> Tally:
     """Stream what is not settled, pass by pass, until every input is accepted, rejected, or failed for good.
@@ -60,7 +67,7 @@ def drive(
         GenerationError: A pass gave back nothing at all.
     """
     tally, keys = Tally(), {record.key for record in records}
-    while pending := _pending(records, ledger, max_attempts):
+    while pending := pending_of(records, ledger, max_attempts):
         attempts, seen = ledger.attempts(), set[str]()
         done = len(keys) - len(pending)
         with Committer(ledger, commit.rows, commit.seconds) as committer:
@@ -89,7 +96,8 @@ def check_conserved(ledger: Ledger, num_inputs: int, num_quarantined: int, rows_
         raise DataError(f"rows were lost: the ledger holds {have}, the inputs make {expected}")
 
 
-def _pending(records: Sequence[Record], ledger: Ledger, max_attempts: int) -> list[Record]:
+def pending_of(records: Sequence[Record], ledger: Ledger, max_attempts: int) -> list[Record]:
+    """The inputs that are not settled."""
     settled = ledger.settled(max_attempts)
     return [record for record in records if record.key not in settled]
 

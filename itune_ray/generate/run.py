@@ -5,6 +5,7 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost, Pool
 from itune_ray.errors import GenerationError, ITuneError
-from itune_ray.generate.drive import Tally, check_conserved, check_keys, drive, quarantine
+from itune_ray.generate.drive import Tally, check_conserved, check_keys, drive, pending_of, quarantine
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe, recipe_identity
 from itune_ray.generate.worker import RecipeWorker, unpack
@@ -46,12 +47,16 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     ledger = Ledger(artifact.folder / "ledger")
     quarantine(ledger, quarantined, job.max_attempts)
     feed = _Feed(job, recipe, engines, progress)
+    if pending_of(records, ledger, job.max_attempts):
+        feed.connect()
     with progress.task(stage, len(records)) as task:
         tally = drive(
-            records, ledger, feed.stream, commit=job.commit, max_attempts=job.max_attempts,
-            on_progress=lambda settled, so_far: task.update(
-                settled, so_far.prompt_tokens + so_far.generated_tokens
-            ),
+            records,
+            ledger,
+            feed.stream,
+            commit=job.commit,
+            max_attempts=job.max_attempts,
+            on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
     funnel = ledger.publish(artifact.folder)
@@ -72,17 +77,28 @@ def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outc
 
 
 class _Feed:
-    """Inputs into the pool, outcomes out of it; Ray and the engines start when the first input is fed."""
+    """Inputs into the pool, outcomes out of it."""
 
     def __init__(self, job: GenerateJob, recipe: Recipe, engines: EngineHost, progress: Progress):
         self._job, self._recipe, self._engines, self._progress = job, recipe, engines, progress
-        self._starts, self._pool, self._requests = engines.starts, None, 0
+        self._starts, self._requests = engines.starts, 0
+        self._pool: Pool | None = None
+
+    def connect(self) -> None:
+        """Start or join Ray and the engines; called only when there is an input to feed."""
+        cluster.connect(self._job.run.ray, self._progress.say)
+        _require_workers(self._job, self._engines)
+        started = time.monotonic()
+        self._pool = self._engines.pool(self._job.teacher)
+        self._requests = self._pool.requests
+        if self.engine_starts:
+            seconds = time.monotonic() - started
+            self._progress.say(f"engines: {self.engine_starts} of {self._pool.model} ready in {seconds:.1f} s")
 
     def stream(self, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
         """Outcomes of whole inputs, as they end."""
-        if self._pool is None:
-            self._pool = self._connect()
-        yield from _stream(self._job, self._recipe, self._pool, pending)
+        assert self._pool is not None, "connect comes first"
+        return _stream(self._job, self._recipe, self._pool, pending)
 
     @property
     def engine_starts(self) -> int:
@@ -93,13 +109,6 @@ class _Feed:
     def requests(self) -> int:
         """Requests of this stage that reached an engine, counted there."""
         return 0 if self._pool is None else max(0, self._pool.requests - self._requests)
-
-    def _connect(self) -> Pool:
-        cluster.connect(self._job.run.ray, self._progress.say)
-        _require_workers(self._job, self._engines)
-        pool = self._engines.pool(self._job.teacher)
-        self._requests = pool.requests
-        return pool
 
 
 def _require_workers(job: GenerateJob, engines: EngineHost) -> None:
@@ -124,11 +133,16 @@ def _stream(job: GenerateJob, recipe: Recipe, pool: Pool, pending: Sequence[Reco
         size = workers.rows_per_block
         blocks = [records_table(pending[start : start + size]) for start in range(0, len(pending), size)]
         dataset = ray.data.from_arrow(blocks).map_batches(
-            RecipeWorker, fn_constructor_kwargs={"recipe": recipe, "llm": llm}, batch_size=None, batch_format="pyarrow",
+            RecipeWorker,
+            fn_constructor_kwargs={"recipe": recipe, "llm": llm},
+            batch_size=None,
+            batch_format="pyarrow",
             num_cpus=workers.cpus_each,
             compute=ActorPoolStrategy(
-                size=min(workers.num, len(blocks)), max_tasks_in_flight_per_actor=workers.blocks_in_flight,
-                max_concurrent_calls_per_actor=workers.blocks_in_flight, enable_true_multi_threading=True,
+                size=min(workers.num, len(blocks)),
+                max_tasks_in_flight_per_actor=workers.blocks_in_flight,
+                max_concurrent_calls_per_actor=workers.blocks_in_flight,
+                enable_true_multi_threading=True,
             ),
         )
     try:
@@ -179,7 +193,10 @@ def _finish(artifact: Artifact, funnel: Funnel, ledger: Ledger, tally: Tally, fe
     tokens = ledger.table().select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
     prompts = {row["input_key"]: row["num_prompt_tokens"] or 0 for row in tokens}
     artifact.finish(
-        funnel=funnel.to_json(), rows=funnel.accepted,
+        funnel=funnel.to_json(),
+        rows=funnel.accepted,
         tokens={"prompt": sum(prompts.values()), "generated": sum(row["num_tokens"] or 0 for row in tokens)},
-        requests=feed.requests, engine_starts=feed.engine_starts, driven=tally.inputs,
+        requests=feed.requests,
+        engine_starts=feed.engine_starts,
+        driven=tally.inputs,
     )

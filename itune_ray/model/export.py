@@ -25,7 +25,12 @@ SHARD_BYTES = 4 * 2**30
 
 
 def export_trained(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stage_dir: str, *, dtype: torch.dtype, is_main: bool,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stage_dir: str,
+    *,
+    dtype: torch.dtype,
+    is_main: bool,
     base_path: str | None,
 ) -> tuple[str, str | None]:
     """Write `model/` (adapter merged) and, after adapter training, `adapter/`; returns both paths. Collective."""
@@ -39,7 +44,12 @@ def export_trained(
 
 
 def write_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str, *, dtype: torch.dtype, is_main: bool = True,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str,
+    *,
+    dtype: torch.dtype,
+    is_main: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the merged model in `dtype` with its config, tokenizer and chat template. Collective; rank 0 writes."""
@@ -64,7 +74,11 @@ def write_model(
 
 
 def write_adapter(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str, *, is_main: bool = True,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str,
+    *,
+    is_main: bool = True,
     base_path: str | None = None,
 ) -> None:
     """Write the adapter in PEFT's format, fp32, with the tokenizer. Collective; rank 0 writes."""

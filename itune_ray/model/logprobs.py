@@ -77,9 +77,7 @@ def install_fused_head(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
-def score_tokens(
-    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = IDENTITY
-) -> TokenScores:
+def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = IDENTITY) -> TokenScores:
     """Scores of targets [N] given hidden states [N, H] and the language-model head."""
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
@@ -166,8 +164,14 @@ def _logit_transform(model: Any) -> LogitTransform:
     """The family's scaling and soft cap, read from its config (Gemma, Cohere, Granite and Falcon-H1 have some)."""
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
-    scale = next((float(v) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                  if (v := getattr(config, name, None)) is not None), 1.0)
+    scale = next(
+        (
+            float(v)
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (v := getattr(config, name, None)) is not None
+        ),
+        1.0,
+    )
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None:
         scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)

@@ -57,9 +57,7 @@ class ParameterReport:
         return self.trainable / self.total
 
 
-def apply_peft(
-    model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> nn.Module:
+def apply_peft(model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
     """Wrap a model for training, after the fused head is installed and before it is sharded.
 
     Trainable weights are fp32 whatever the base is stored in, since small updates vanish in bf16.
@@ -80,8 +78,12 @@ def _lora(model: PreTrainedModel, config: LoraConfig, tokenizer: PreTrainedToken
     tokens = _trained_rows(model, config.train_tokens, tokenizer)
     target: Any = config.target if isinstance(config.target, str) else list(config.target)
     settings = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=config.rank, lora_alpha=config.alpha or 2 * config.rank,  # type: ignore[arg-type]
-        lora_dropout=config.dropout, target_modules=target, use_rslora=config.rslora,
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=config.rank,
+        lora_alpha=config.alpha or 2 * config.rank,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=target,
+        use_rslora=config.rslora,
         trainable_token_indices=tokens,
     )
     try:
@@ -89,8 +91,10 @@ def _lora(model: PreTrainedModel, config: LoraConfig, tokenizer: PreTrainedToken
     except ValueError as error:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
-            f"LoRA cannot be applied: {str(error).splitlines()[0]}", got=config.target,
-            allowed=f"all-linear or some of {', '.join(linear)}", knob="model.peft.target",
+            f"LoRA cannot be applied: {str(error).splitlines()[0]}",
+            got=config.target,
+            allowed=f"all-linear or some of {', '.join(linear)}",
+            knob="model.peft.target",
         ) from None
 
 
@@ -104,7 +108,8 @@ def _trained_rows(
     for token in tokens:
         if token not in vocabulary:
             raise ModelError(
-                f"train_tokens names no token of the vocabulary{did_you_mean(token, vocabulary)}", got=token,
+                f"train_tokens names no token of the vocabulary{did_you_mean(token, vocabulary)}",
+                got=token,
                 knob="model.peft.train_tokens",
             )
     ids = [vocabulary[token] for token in tokens]

@@ -17,7 +17,9 @@ def output_root(settings: RunSettings) -> str:
     root = settings.output or os.environ.get("ITUNE_OUTPUT")
     if in_submitted_job() and (root is None or not (root.startswith("/") or "://" in root)):
         raise StorageError(
-            "a submitted job needs an output root that outlives it", got=root,
-            allowed="an absolute path on shared storage or a URI", knob="output=... or ITUNE_OUTPUT",
+            "a submitted job needs an output root that outlives it",
+            got=root,
+            allowed="an absolute path on shared storage or a URI",
+            knob="output=... or ITUNE_OUTPUT",
         )
     return Folder.at(root or "runs").uri

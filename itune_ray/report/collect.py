@@ -97,10 +97,19 @@ def _stage(artifact: Artifact, skipped: bool) -> Stage:
     text = folder.read_bytes("config.yaml").decode()
     metrics = folder.read_bytes("metrics.jsonl").decode().splitlines() if folder.exists("metrics.jsonl") else []
     return Stage(
-        name=artifact.stage, job=artifact.job_type, id=artifact.id, path=artifact.path(),
-        seconds=float(manifest["seconds"]), rows=manifest.get("rows"), tokens=total_tokens(manifest),
-        skipped=skipped, funnel=manifest.get("funnel"), manifest=manifest, config=yaml.safe_load(text),
-        config_yaml=text, metrics=tuple(json.loads(line) for line in metrics if line.strip()),
+        name=artifact.stage,
+        job=artifact.job_type,
+        id=artifact.id,
+        path=artifact.path(),
+        seconds=float(manifest["seconds"]),
+        rows=manifest.get("rows"),
+        tokens=total_tokens(manifest),
+        skipped=skipped,
+        funnel=manifest.get("funnel"),
+        manifest=manifest,
+        config=yaml.safe_load(text),
+        config_yaml=text,
+        metrics=tuple(json.loads(line) for line in metrics if line.strip()),
         mix=folder.read_json("mix_report.json") if folder.exists("mix_report.json") else None,
     )
 

@@ -92,7 +92,13 @@ def _compare(run: Run, before: str, after: str, name: str, seed: int) -> Compari
     news = run.answers.get((after, score["benchmark"]), ())
     pairs = tuple((olds[new["item"]], new) for new in news if new["item"] in olds)
     return Comparison(
-        before, after, name, score, earlier, _difference(pairs, score, row_seed(seed, "report", name)), _p(pairs),
+        before,
+        after,
+        name,
+        score,
+        earlier,
+        _difference(pairs, score, row_seed(seed, "report", name)),
+        _p(pairs),
         pairs,
     )
 
@@ -106,9 +112,7 @@ def _difference(pairs: Sequence[tuple[Row, Row]], score: dict[str, Any], seed: i
     if not sums or score["unit"] == "ratio" or len(sums[0][0]) != 2:
         return None
     table = np.asarray(sums, dtype=np.float64)
-    return stats.paired_bootstrap(
-        table[:, 0], table[:, 1], share, samples=BOOTSTRAP_SAMPLES, level=LEVEL, seed=seed
-    )
+    return stats.paired_bootstrap(table[:, 0], table[:, 1], share, samples=BOOTSTRAP_SAMPLES, level=LEVEL, seed=seed)
 
 
 def _statistics(row: Row, metric: str, failed_as: str) -> tuple[float, ...]:

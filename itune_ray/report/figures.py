@@ -23,17 +23,37 @@ WIDTH = 9.6
 """Inches at 100 dots: the text column of the page."""
 
 _VARIABLES = {
-    "ink": "#010101", "muted": "#010102", "line": "#010103", "paper": "#010104", "before": "#010105",
-    "after": "#010106", "kept": "#010107",
+    "ink": "#010101",
+    "muted": "#010102",
+    "line": "#010103",
+    "paper": "#010104",
+    "before": "#010105",
+    "after": "#010106",
+    "kept": "#010107",
 }
 _SERIES = [f"#0102{i:02x}" for i in range(8)]
 _STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": _VARIABLES["line"], "axes.labelcolor": _VARIABLES["muted"], "text.color": _VARIABLES["ink"],
-    "xtick.color": _VARIABLES["line"], "ytick.color": _VARIABLES["line"], "xtick.labelcolor": _VARIABLES["muted"],
-    "ytick.labelcolor": _VARIABLES["ink"], "axes.grid": True, "grid.color": _VARIABLES["line"], "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
-    "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _VARIABLES["line"],
+    "axes.labelcolor": _VARIABLES["muted"],
+    "text.color": _VARIABLES["ink"],
+    "xtick.color": _VARIABLES["line"],
+    "ytick.color": _VARIABLES["line"],
+    "xtick.labelcolor": _VARIABLES["muted"],
+    "ytick.labelcolor": _VARIABLES["ink"],
+    "axes.grid": True,
+    "grid.color": _VARIABLES["line"],
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
 }
 _TRIMMED = (
     (re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL), ""),  # it would style the whole page
@@ -72,8 +92,14 @@ def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], colours
 
 def _whiskers(axes: Axes, points: Sequence[tuple[int, Mapping[str, Any]]], shift: float, colour: str) -> None:
     for place, score in points:
-        axes.plot([score["low"], score["high"]], [place + shift] * 2, color=colour, linewidth=3, alpha=0.45,
-                  solid_capstyle="round")
+        axes.plot(
+            [score["low"], score["high"]],
+            [place + shift] * 2,
+            color=colour,
+            linewidth=3,
+            alpha=0.45,
+            solid_capstyle="round",
+        )
         axes.plot([score["value"]], [place + shift], "o", color=colour, markersize=7)
 
 
@@ -95,13 +121,24 @@ def _families(
     axes: Axes, names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any], labels: tuple[str, str]
 ) -> None:
     places = range(len(names))
-    axes.barh([p - 0.1 for p in places], [after[n]["value"] for n in names], 0.4, color=_VARIABLES["after"],
-              label=labels[1])
-    axes.barh([p + 0.22 for p in places], [before.get(n, {}).get("value") or 0 for n in names], 0.2,
-              color=_VARIABLES["before"], label=labels[0])
+    axes.barh(
+        [p - 0.1 for p in places], [after[n]["value"] for n in names], 0.4, color=_VARIABLES["after"], label=labels[1]
+    )
+    axes.barh(
+        [p + 0.22 for p in places],
+        [before.get(n, {}).get("value") or 0 for n in names],
+        0.2,
+        color=_VARIABLES["before"],
+        label=labels[0],
+    )
     for place, name in enumerate(names):
-        axes.plot([after[name]["low"], after[name]["high"]], [place - 0.1] * 2, color=_VARIABLES["ink"], linewidth=0.9,
-                  alpha=0.55)
+        axes.plot(
+            [after[name]["low"], after[name]["high"]],
+            [place - 0.1] * 2,
+            color=_VARIABLES["ink"],
+            linewidth=0.9,
+            alpha=0.55,
+        )
     axes.set(xlim=(0, 1.0), yticks=list(places), yticklabels=names)
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.grid(axis="y", visible=False)
@@ -152,8 +189,15 @@ def funnel_figure(stages: Sequence[Stage]) -> str:
             left = 0.0
             for name, number in endings(stage):
                 width = number / max(1, (stage.funnel or {})["in"])
-                axes.barh([place], [width], 0.56, left=[left], color=_of(colours[name]), edgecolor=_VARIABLES["paper"],
-                          linewidth=0.8)
+                axes.barh(
+                    [place],
+                    [width],
+                    0.56,
+                    left=[left],
+                    color=_of(colours[name]),
+                    edgecolor=_VARIABLES["paper"],
+                    linewidth=0.8,
+                )
                 left += width
         labels = [f"{stage.name}\n{shown.count((stage.funnel or {})['in'])} in" for stage in stages]
         axes.set(xlim=(0, 1), ylim=(len(stages) - 0.45, -0.55), yticks=range(len(stages)), yticklabels=labels)
@@ -211,8 +255,16 @@ def _row(figure: Figure, widths: Sequence[float]) -> list[Axes]:
 
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2,
-                handlelength=1.0, labelcolor=_VARIABLES["muted"])
+    axes.legend(
+        handles[::-1],
+        labels[::-1],
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=2,
+        borderaxespad=0.2,
+        handlelength=1.0,
+        labelcolor=_VARIABLES["muted"],
+    )
 
 
 def _of(name: str) -> str:

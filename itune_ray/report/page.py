@@ -49,12 +49,25 @@ def render(run: Run, job: ReportJob, command: str, when: str) -> str:
     main = headline(comparisons)
     claim, evidence = verdict(run, main)
     values = {
-        "right_or_wrong": RIGHT_OR_WRONG, "title": job.title or job.name, "when": when, "command": command,
-        "claim": claim, "evidence": evidence, "run": run, "main": main, "comparisons": comparisons,
-        "figures": key_figures(run, main, comparisons), "scores": _score_table(run, pair),
-        "scores_svg": figures.scores_figure(*_coloured(run, pair)), "families_svg": _families(main),
-        "samples": _samples(main, job), "training": _training(run), "funnel": _funnel(run), "cost": _cost(run),
-        "mixes": _mixes(run), "settings": _settings(run),
+        "right_or_wrong": RIGHT_OR_WRONG,
+        "title": job.title or job.name,
+        "when": when,
+        "command": command,
+        "claim": claim,
+        "evidence": evidence,
+        "run": run,
+        "main": main,
+        "comparisons": comparisons,
+        "figures": key_figures(run, main, comparisons),
+        "scores": _score_table(run, pair),
+        "scores_svg": figures.scores_figure(*_coloured(run, pair)),
+        "families_svg": _families(main),
+        "samples": _samples(main, job),
+        "training": _training(run),
+        "funnel": _funnel(run),
+        "cost": _cost(run),
+        "mixes": _mixes(run),
+        "settings": _settings(run),
         "shown": shown,
     }
     environment = jinja2.Environment(
@@ -126,8 +139,11 @@ def _score_table(run: Run, pair: tuple[str, str] | None) -> list[dict[str, Any]]
     """One line per benchmark, one cell per model."""
     names = list(dict.fromkeys(name for scores in run.scores.values() for name in scores))
     return [
-        {"name": name, "cells": [(model, run.scores[model].get(name)) for model in _order(run, pair)],
-         "definition": next(s[name]["definition"] for s in run.scores.values() if name in s)}
+        {
+            "name": name,
+            "cells": [(model, run.scores[model].get(name)) for model in _order(run, pair)],
+            "definition": next(s[name]["definition"] for s in run.scores.values() if name in s),
+        }
         for name in names
     ]
 
@@ -151,11 +167,18 @@ def _samples(main: Comparison | None, job: ReportJob) -> dict[str, list[dict[str
 def _sample(main: Comparison | None, old: Row, new: Row) -> dict[str, Any]:
     names = (main.before, main.after) if main else ("", "")
     return {
-        "category": new["category"], "prompt": shown.shorten(new["prompt"], MAX_REPLY),
+        "category": new["category"],
+        "prompt": shown.shorten(new["prompt"], MAX_REPLY),
         "reference": shown.shorten(new["reference"], MAX_REPLY),
         "sides": [
-            {"model": model, "ok": row["ok"], "score": row["score"], "failure": row["failure"],
-             "reply": shown.shorten(row["reply"] or "", MAX_REPLY), "cut": row["finish_reason"] == "length"}
+            {
+                "model": model,
+                "ok": row["ok"],
+                "score": row["score"],
+                "failure": row["failure"],
+                "reply": shown.shorten(row["reply"] or "", MAX_REPLY),
+                "cut": row["finish_reason"] == "length",
+            }
             for model, row in zip(names, (old, new), strict=True)
         ],
     }
@@ -163,8 +186,12 @@ def _sample(main: Comparison | None, old: Row, new: Row) -> dict[str, Any]:
 
 def _training(run: Run) -> list[dict[str, Any]]:
     return [
-        {"stage": stage, "svg": figures.training_figure(stage), "facts": _training_facts(stage),
-         "matrices": _matrices(stage)}
+        {
+            "stage": stage,
+            "svg": figures.training_figure(stage),
+            "facts": _training_facts(stage),
+            "matrices": _matrices(stage),
+        }
         for stage in run.of_job("train")
     ]
 
@@ -197,15 +224,19 @@ def _matrices(stage: Stage) -> dict[str, Any] | None:
 def _funnel(run: Run) -> dict[str, Any]:
     """Stages that make data, and any other that lost a row."""
     stages = [
-        s for s in run.stages
+        s
+        for s in run.stages
         if s.funnel and s.funnel["in"] and (s.job != "evaluate" or s.funnel["accepted"] < s.funnel["in"])
     ]
     if not stages:
         return {}
     colours = figures.reason_colours(stages)
     rows = [
-        {"stage": stage, "in": stage.funnel["in"] if stage.funnel else 0,
-         "endings": [(name, number, colours[name]) for name, number in figures.endings(stage) if number]}
+        {
+            "stage": stage,
+            "in": stage.funnel["in"] if stage.funnel else 0,
+            "endings": [(name, number, colours[name]) for name, number in figures.endings(stage) if number],
+        }
         for stage in stages
     ]
     return {"svg": figures.funnel_figure(stages), "rows": rows}

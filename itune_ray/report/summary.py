@@ -38,8 +38,11 @@ def summarise(artifacts: Sequence[Artifact], skipped: Collection[str]) -> dict[s
         "funnel": {stage: manifest["funnel"] for stage, manifest in manifests.items() if manifest.get("funnel")},
         "stages": {
             stage: {
-                "job": manifest["job"], "seconds": manifest["seconds"], "rows": manifest.get("rows"),
-                "tokens": total_tokens(manifest), "status": "skipped" if stage in skipped else "run",
+                "job": manifest["job"],
+                "seconds": manifest["seconds"],
+                "rows": manifest.get("rows"),
+                "tokens": total_tokens(manifest),
+                "status": "skipped" if stage in skipped else "run",
             }
             for stage, manifest in manifests.items()
         },

@@ -8,7 +8,17 @@ from typing import Any
 from itune_ray.report.collect import Run, Stage
 
 COLUMNS: tuple[str, ...] = (
-    "table", "stage", "model", "benchmark", "slice", "name", "value", "low", "high", "n", "unit"
+    "table",
+    "stage",
+    "model",
+    "benchmark",
+    "slice",
+    "name",
+    "value",
+    "low",
+    "high",
+    "n",
+    "unit",
 )
 """table: scores, categories, groups, funnel, stages, parameters or training. Columns that do not apply are empty."""
 
@@ -62,7 +72,11 @@ def _funnel_lines(stage: Stage) -> Iterator[Line]:
     for ending in ("rejected", "failed"):
         for reason, number in stage.funnel[ending].items():
             yield {
-                "table": "funnel", "stage": stage.name, "slice": reason, "name": ending, "value": number,
+                "table": "funnel",
+                "stage": stage.name,
+                "slice": reason,
+                "name": ending,
+                "value": number,
                 "unit": "rows",
             }
 
@@ -74,13 +88,19 @@ def _training_lines(stage: Stage) -> Iterator[Line]:
             yield {"table": "parameters", "stage": stage.name, "name": name, "value": parameters[name]}
     for matrix in parameters.get("matrices", ()):
         yield {
-            "table": "parameters", "stage": stage.name, "slice": matrix["name"], "name": "ratio",
+            "table": "parameters",
+            "stage": stage.name,
+            "slice": matrix["name"],
+            "name": "ratio",
             "value": matrix["ratio"],
         }
     for entry in stage.metrics:
         for name in ("loss", "grad_norm", "lr"):
             if name in entry:
                 yield {
-                    "table": "training", "stage": stage.name, "slice": entry["step"], "name": name,
+                    "table": "training",
+                    "stage": stage.name,
+                    "slice": entry["step"],
+                    "name": name,
                     "value": entry[name],
                 }

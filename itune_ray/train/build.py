@@ -68,7 +68,9 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if job.packing and not can_pack(model):
         raise TrainError(
             "packing isolates documents in attention layers only, and this model has others",
-            got=model.config.model_type, allowed="packing=false", knob="packing",
+            got=model.config.model_type,
+            allowed="packing=false",
+            knob="packing",
         )
     install_fused_head(model)
     masking = masking_for(model)
@@ -95,7 +97,9 @@ def _base_model(
         return new_model(job.model.init, tokenizer, seed=job.seed, dtype=dtype, attention=attention), False
     assert folder is not None
     arguments: dict[str, Any] = {
-        "dtype": dtype, "attention": attention, "trust_remote_code": job.model.trust_remote_code
+        "dtype": dtype,
+        "attention": attention,
+        "trust_remote_code": job.model.trust_remote_code,
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)
@@ -108,6 +112,8 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
-            "the tokenizer has more tokens than the model has embeddings", got=len(tokenizer),
-            allowed=f"at most {rows}", knob="model.tokenizer",
+            "the tokenizer has more tokens than the model has embeddings",
+            got=len(tokenizer),
+            allowed=f"at most {rows}",
+            knob="model.tokenizer",
         )

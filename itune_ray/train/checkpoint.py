@@ -67,7 +67,8 @@ class Checkpoints:
                 load(state, storage_reader=_Reader(self.at(step)), no_dist=_alone())
         except (CheckpointException, RuntimeError, OSError) as error:
             raise TrainError(
-                f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}", got=self.at(step).uri,
+                f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}",
+                got=self.at(step).uri,
                 allowed="a checkpoint of the same model, adapter and optimizer",
             ) from error
         strategy.load_state(model, optimizers, state)

@@ -63,7 +63,9 @@ def check_invariance(ref: ModelRef, seed: int = 0) -> InvarianceReport:
     """Run the three comparisons on a model; raises `ModelError` when it cannot be loaded."""
     world = World()
     model = load_model(
-        local_model_folder(ref).path, dtype=torch.float32, attention=choose_attention("auto", world.device),
+        local_model_folder(ref).path,
+        dtype=torch.float32,
+        attention=choose_attention("auto", world.device),
         trust_remote_code=ref.trust_remote_code,
     )
     rows = _documents(model.config.get_text_config().vocab_size, seed)
@@ -119,8 +121,14 @@ class _NoUpdate(Optimizers):
 def _loss_and_norm(model: nn.Module, batches: list[Batch], world: World) -> tuple[float, float]:
     strategy = Ddp(DdpConfig(), world, "fp32")
     stepper = Stepper(
-        strategy.prepare(model), Sft(SftConfig()), strategy, _NoUpdate(model), world, masking_for(model),
-        torch.float32, clip_norm=None,
+        strategy.prepare(model),
+        Sft(SftConfig()),
+        strategy,
+        _NoUpdate(model),
+        world,
+        masking_for(model),
+        torch.float32,
+        clip_norm=None,
     )
     result = stepper(batches)
     return result.loss, result.grad_norm

@@ -50,7 +50,10 @@ def train_local(
 
 
 def train_rank(
-    job: TrainJob, prepared: PreparedData, stage_dir: str, world: World | None = None,
+    job: TrainJob,
+    prepared: PreparedData,
+    stage_dir: str,
+    world: World | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainOutcome:
     """One rank's whole run: build, resume, step to the end, export. Collective over all ranks."""
@@ -60,7 +63,13 @@ def train_rank(
     built = build_model(job, tokenizer, strategy, world)
     optimizers = build_optimizers(built.model, job.optimizer)
     stepper = Stepper(
-        built.model, build_objective(job.objective), strategy, optimizers, world, built.masking, built.dtype,
+        built.model,
+        build_objective(job.objective),
+        strategy,
+        optimizers,
+        world,
+        built.masking,
+        built.dtype,
         job.clip_norm,
     )
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
@@ -68,7 +77,13 @@ def train_rank(
     metrics = loop.run(on_progress)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world)
     return TrainOutcome(
-        model_path, adapter_path, prepared.plan.steps, metrics, built.report, prepared.accepted, prepared.rejected,
+        model_path,
+        adapter_path,
+        prepared.plan.steps,
+        metrics,
+        built.report,
+        prepared.accepted,
+        prepared.rejected,
         checkpoints.at(prepared.plan.steps).uri,
     )
 
@@ -126,16 +141,25 @@ class Loop:
         if not _finite(result):
             raise TrainError(
                 f"the loss or its gradient is not finite at step {step + 1}",
-                got=f"loss {result.loss}, grad_norm {result.grad_norm}", allowed="finite numbers", knob="optimizer.lr",
+                got=f"loss {result.loss}, grad_norm {result.grad_norm}",
+                allowed="finite numbers",
+                knob="optimizer.lr",
             )
         return self._row(step, result, lr, seconds)
 
     def _row(self, step: int, result: StepResult, lr: float, seconds: float) -> Row:
         tokens = self._table.tokens(step)
         return {
-            "step": step + 1, "epoch": round(self._table.epoch(step), 6), "loss": result.loss,
-            "grad_norm": result.grad_norm, "lr": lr, "tokens": tokens, "units": result.units, **result.metrics,
-            "seconds": round(seconds, 6), "tokens_per_s": round(tokens / seconds, 1),
+            "step": step + 1,
+            "epoch": round(self._table.epoch(step), 6),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "units": result.units,
+            **result.metrics,
+            "seconds": round(seconds, 6),
+            "tokens_per_s": round(tokens / seconds, 1),
         }
 
     def _seed(self, step: int) -> None:

@@ -106,15 +106,23 @@ def write_prepared(
     stage.write_table("rejected/part-0.parquet", pa.Table.from_pylist(rejected, schema=LEDGER_SCHEMA))
     if not documents.num_rows:
         raise TrainError(
-            "no row is left to train on: no supervised token in any", got=counts or "no rows at all",
-            allowed="at least one row with an answer within max_length", knob="data",
+            "no row is left to train on: no supervised token in any",
+            got=counts or "no rows at all",
+            allowed="at least one row with an answer within max_length",
+            knob="data",
         )
     folder = stage / "order"
     capacity = (job.pack_length or job.max_length) if job.packing else None
     folder.write_json("rows.json", {"accepted": documents.num_rows, "rejected": counts})
     plan = write_order(
-        documents.select(DOCUMENT_SCHEMA.names), folder.uri, digest=preparation_digest(job, renderer), seed=job.seed,
-        batch=job.batch, capacity=capacity, epochs=job.epochs, steps=job.steps,
+        documents.select(DOCUMENT_SCHEMA.names),
+        folder.uri,
+        digest=preparation_digest(job, renderer),
+        seed=job.seed,
+        batch=job.batch,
+        capacity=capacity,
+        epochs=job.epochs,
+        steps=job.steps,
     )
     return PreparedData(folder.uri, plan, documents.num_rows, counts)
 

@@ -40,7 +40,8 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
     twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
     if twice:
         raise DataError(
-            "two parts of the data yield rows of the same key", got=twice[0],
+            "two parts of the data yield rows of the same key",
+            got=twice[0],
             allowed="each source once (weight repeats its rows) or sources of different names",
             knob="data.N.source.name",
         )

@@ -75,9 +75,14 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     rows_in = prepared.accepted + sum(prepared.rejected.values())
     artifact.finish(
         funnel=Funnel(rows_in, prepared.accepted, prepared.rejected, {}).to_json(),
-        rows=prepared.accepted, tokens=prepared.plan.tokens, steps=outcome.steps, epochs=prepared.plan.epochs,
+        rows=prepared.accepted,
+        tokens=prepared.plan.tokens,
+        steps=outcome.steps,
+        epochs=prepared.plan.epochs,
         parameters={
-            "total": report.total, "trainable": report.trainable, "ratio": report.ratio,
+            "total": report.total,
+            "trainable": report.trainable,
+            "ratio": report.ratio,
             "matrices": [{**dataclasses.asdict(m), "ratio": m.ratio} for m in report.matrices],
         },
         last_step=outcome.metrics,
@@ -195,7 +200,8 @@ def fit(
             backend="nccl" if job.workers.gpus_each else "gloo", timeout_s=job.workers.collective_timeout_s
         ),
         run_config=ray.train.RunConfig(
-            name="ray-train", storage_path=stage.uri,
+            name="ray-train",
+            storage_path=stage.uri,
             failure_config=ray.train.FailureConfig(max_failures=job.workers.max_failures),
         ),
     )
@@ -307,7 +313,9 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(job.workers.torch_threads or 1)
     try:
         outcome = train_rank(
-            job, config["prepared"], config["stage_dir"],
+            job,
+            config["prepared"],
+            config["stage_dir"],
             on_progress=lambda step, total, row: board.put.remote(step, total, row),
         )
     except ITuneError as error:

@@ -56,9 +56,7 @@ def ensure_process_group(timeout_s: float = 600) -> None:
     """Sharding needs a process group even for one process; make one that needs no network port."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend, store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
 
 
 def _device(local_rank: int) -> torch.device:

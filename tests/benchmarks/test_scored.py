@@ -97,8 +97,11 @@ def test_perplexity_is_over_tokens_and_not_over_rows(source):
 
 def test_names_follow_type_and_variant():
     configs = [
-        PlaygroundBenchmark(), PlaygroundBenchmark(shots=4), PlaygroundBenchmark(split="test_paraphrase"),
-        PerplexityBenchmark(source=FileSource(path="a", name="alpaca")), IfScoreBenchmark(source=SOURCE, name="mine"),
+        PlaygroundBenchmark(),
+        PlaygroundBenchmark(shots=4),
+        PlaygroundBenchmark(split="test_paraphrase"),
+        PerplexityBenchmark(source=FileSource(path="a", name="alpaca")),
+        IfScoreBenchmark(source=SOURCE, name="mine"),
     ]
     names = [made.name for made in benchmarks(configs)]
     assert names == ["playground", "playground_4shot", "playground_paraphrase", "perplexity-alpaca", "mine"]

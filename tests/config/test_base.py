@@ -49,7 +49,10 @@ def test_malformed_override_is_one_line_that_names_it(override):
     ("changes", "expected"),
     [
         ({"batchh": 3}, "unknown key `batchh`; did you mean 'batch'?"),
-        ({"model": {"path": "m", "peft": {"type": "lora", "rnk": 3}}}, "unknown key `model.peft.rnk`; did you mean 'rank'?"),
+        (
+            {"model": {"path": "m", "peft": {"type": "lora", "rnk": 3}}},
+            "unknown key `model.peft.rnk`; did you mean 'rank'?",
+        ),
         ({"model": {"path": "m", "peft": {"type": "lor"}}}, "`model.peft.type` is 'lor'; did you mean 'lora'?"),
         ({"model": {"path": "m", "peft": {"type": "lora", "rank": 0}}}, "`model.peft.rank`"),
         ({"steps": 0}, "`steps`: input should be greater than 0; got 0"),
@@ -88,7 +91,9 @@ def test_where_a_job_runs_is_no_part_of_what_it_is():
 
 def test_output_is_a_shorthand_for_run_output(tmp_path):
     file = tmp_path / "job.yaml"
-    file.write_text("{name: x, model: {path: m}, data: [{source: {type: file, path: r}}], steps: 1, run: {lock_ttl_s: 9}}")
+    file.write_text(
+        "{name: x, model: {path: m}, data: [{source: {type: file, path: r}}], steps: 1, run: {lock_ttl_s: 9}}"
+    )
     job = load_job(TrainJob, file, ["output=/some/root"])
     assert (job.run.output, job.run.lock_ttl_s) == ("/some/root", 9)
 

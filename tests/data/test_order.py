@@ -11,8 +11,10 @@ from itune_ray.errors import TrainError
 def documents(count: int, weights: list[float] | None = None, shuffled: bool = False) -> pa.Table:
     rows = [
         {
-            "key": f"d:{i}:0", "weight": weights[i] if weights else 1.0,
-            "input_ids": [i] * (1 + i % 7), "supervised": [True] * (1 + i % 7),
+            "key": f"d:{i}:0",
+            "weight": weights[i] if weights else 1.0,
+            "input_ids": [i] * (1 + i % 7),
+            "supervised": [True] * (1 + i % 7),
         }
         for i in range(count)
     ]

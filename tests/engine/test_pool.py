@@ -24,7 +24,8 @@ def served(engine=None, adapter: str | None = None, **pool) -> ServedModel:
 def requests(count: int) -> list[Request]:
     return [
         Request(
-            id=f"r{i}", sampling=Sampling(seed=i, temperature=1.0),
+            id=f"r{i}",
+            sampling=Sampling(seed=i, temperature=1.0),
             messages=({"role": "user", "content": f"question {i}"},),
         )
         for i in range(count)
@@ -39,12 +40,12 @@ def test_models_that_differ_only_in_the_adapter_share_a_pool():
 
 def test_a_replica_over_several_devices_takes_one_bundle_each():
     wide = ServedModel(
-        model=FAKE, engine=VllmEngineConfig(tensor_parallel=2, pipeline_parallel=2),
+        model=FAKE,
+        engine=VllmEngineConfig(tensor_parallel=2, pipeline_parallel=2),
         pool=PoolConfig(replicas=3, cpus_each=2, gpus_each=1, resources_each={"gpu-infer": 0.5}),
     )
     assert bundle_of(wide.pool) == {"CPU": 2, "GPU": 1, "gpu-infer": 0.5}
     assert resources_of(wide) == {"CPU": 24, "GPU": 12, "gpu-infer": 6}
-
 
 
 @pytest.fixture(scope="module")

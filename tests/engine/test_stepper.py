@@ -84,9 +84,7 @@ def test_a_refused_request_fails_alone(scripted):
     _, stepper = scripted
 
     async def main():
-        bad, good = await asyncio.gather(
-            stepper.complete(-1, None), stepper.complete(1, None), return_exceptions=True
-        )
+        bad, good = await asyncio.gather(stepper.complete(-1, None), stepper.complete(1, None), return_exceptions=True)
         assert (type(bad), str(bad)) == (ValueError, "negative prompt")
         assert good.finished
 
@@ -121,9 +119,7 @@ def test_a_failed_step_tells_all_and_later_ones_at_once(scripted):
     _, stepper = scripted
 
     async def main():
-        results = await asyncio.gather(
-            stepper.complete(5, None), stepper.complete(666, None), return_exceptions=True
-        )
+        results = await asyncio.gather(stepper.complete(5, None), stepper.complete(666, None), return_exceptions=True)
         assert all(isinstance(result, EngineDiedError) for result in results)
         with pytest.raises(EngineDiedError, match="RuntimeError: the engine is gone"):
             await stepper.complete(1, None)

@@ -132,8 +132,14 @@ def renderer():
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5,
+        vocab_size=25,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -144,7 +150,6 @@ class ForwardClient:
     def __init__(self, model):
         self.model = model
 
-
     async def generate(self, requests):
         return [self._complete(request) for request in requests]
 
@@ -153,16 +158,15 @@ class ForwardClient:
         logprobs = torch.log_softmax(self.model(torch.tensor([ids])).logits[0].detach().double(), dim=-1)
         entries = [{ids[i]: float(logprobs[i - 1, ids[i]])} for i in range(1, len(ids))]
         sample = Sample(text="", token_ids=(0,), finish_reason="length")
-        return Completion(
-            id=request.id, samples=(sample,), prompt_token_ids=ids, prompt_logprobs=(None, *entries)
-        )
+        return Completion(id=request.id, samples=(sample,), prompt_token_ids=ids, prompt_logprobs=(None, *entries))
 
 
 def documents():
     chat = ({"role": "user", "content": "w1 w2 w3"}, {"role": "assistant", "content": "w4 w5"})
     longer = ({"role": "user", "content": "w9"}, {"role": "assistant", "content": "w6 w7 w8 w1 w1 w2"})
     return [
-        Record(source="s", position=0, messages=chat), Record(source="s", position=1, messages=longer),
+        Record(source="s", position=0, messages=chat),
+        Record(source="s", position=1, messages=longer),
         Record(source="s", position=2, text="w3 w1 w4 w1 w5"),
     ]
 
@@ -173,9 +177,7 @@ def scored(record):
 
 def test_perplexity_is_that_of_a_forward_pass(renderer, model):
     benchmark = Perplexity(PerplexityBenchmark(source=FileSource(path="x")), "ppl")
-    answers = asked(
-        benchmark, ForwardClient(model), [scored(d) for d in documents()], render=lambda ref: renderer
-    )
+    answers = asked(benchmark, ForwardClient(model), [scored(d) for d in documents()], render=lambda ref: renderer)
     losses, counts = [], []
     for document, span in zip(documents(), (3, 7, 6), strict=True):  # answers with their end token; texts but for bos
         ids = torch.tensor([renderer.record_ids(document).input_ids])

@@ -41,13 +41,21 @@ def engines(ray_session):
 
 def job(engine=None, adapters=(None,), **config):
     models = [
-        {"name": f"m{i}", "model": {"path": "any", "adapter": adapter}, "pool": {"cpus_each": 0.1},
-         "engine": {"type": "fake", **(engine or {})}}
+        {
+            "name": f"m{i}",
+            "model": {"path": "any", "adapter": adapter},
+            "pool": {"cpus_each": 0.1},
+            "engine": {"type": "fake", **(engine or {})},
+        }
         for i, adapter in enumerate(adapters)
     ]
     tree = {
-        "name": "r", "models": models, "benchmarks": [{"type": "playground", "rows": ROWS, "name": "world"}],
-        "workers": {"num": 2, "cpus_each": 0.1}, "commit": {"rows": 16, "seconds": 0.5}, "bootstrap": {"samples": 100},
+        "name": "r",
+        "models": models,
+        "benchmarks": [{"type": "playground", "rows": ROWS, "name": "world"}],
+        "workers": {"num": 2, "cpus_each": 0.1},
+        "commit": {"rows": 16, "seconds": 0.5},
+        "bootstrap": {"samples": 100},
     }
     return validate(EvaluateJob, {**tree, **config}, "test")
 

@@ -30,8 +30,13 @@ class Toy(Benchmark):
 
     def items(self):
         return [
-            Item(key=f"k{i}", reference="yes", category=f"family {i % 2}", text=f"q{i}",
-                 groups=("every third",) if i % 3 == 0 else ())
+            Item(
+                key=f"k{i}",
+                reference="yes",
+                category=f"family {i % 2}",
+                text=f"q{i}",
+                groups=("every third",) if i % 3 == 0 else (),
+            )
             for i in range(self.size)
         ]
 
@@ -107,9 +112,9 @@ def test_few_or_uniform_items_get_wilsons_interval(tmp_path):
     assert scores["interval"] == "wilson"
     assert (scores["low"], scores["high"]) == pytest.approx(stats.wilson(0, 120))
     assert scores["high"] > 0.02
-    mixed = scores_of(
-        tmp_path / "b", benchmark, [answer(benchmark, i, "yes" if i % 4 else "no") for i in range(120)]
-    )["toy.exact_match"]
+    mixed = scores_of(tmp_path / "b", benchmark, [answer(benchmark, i, "yes" if i % 4 else "no") for i in range(120)])[
+        "toy.exact_match"
+    ]
     assert mixed["interval"] == "bootstrap"
     assert mixed["low"] < 0.75 < mixed["high"]
     assert mixed["categories"]["family 0"]["interval"] == "wilson"
@@ -121,7 +126,8 @@ def test_slices_partition_the_items(tmp_path):
         "toy.exact_match"
     ]
     assert {name: (part["value"], part["n"]) for name, part in score["categories"].items()} == {
-        "family 0": (0.0, 15), "family 1": (1.0, 15),
+        "family 0": (0.0, 15),
+        "family 1": (1.0, 15),
     }
     assert score["groups"]["every third"]["n"] == 10
 

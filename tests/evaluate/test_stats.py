@@ -39,9 +39,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     generator = np.random.default_rng(7)
     hits = 0
     for trial in range(300):
-        low, high = stats.bootstrap(
-            shares(generator.random(120) < 0.7), ratio, samples=400, level=0.9, seed=trial
-        )
+        low, high = stats.bootstrap(shares(generator.random(120) < 0.7), ratio, samples=400, level=0.9, seed=trial)
         hits += low <= 0.7 <= high
     assert 0.84 <= hits / 300 <= 0.95
 

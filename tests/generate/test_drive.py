@@ -100,9 +100,7 @@ def test_what_is_settled_never_reaches_the_engine_again(tmp_path):
     drive(prompts(), calm, through(worker(FakeEngine())), commit=COMMIT, max_attempts=3)
 
     with pytest.raises(DriverKilledError):
-        drive(
-            prompts(), ledger_at(killed), through(worker(FakeEngine()), stop_after=5), commit=COMMIT, max_attempts=3
-        )
+        drive(prompts(), ledger_at(killed), through(worker(FakeEngine()), stop_after=5), commit=COMMIT, max_attempts=3)
     settled = ledger_at(killed).settled(3)
     assert {"s:5:0", "s:6:0"} <= settled, "the rejected rows must be among the settled for this test to mean anything"
     assert 0 < len(settled) < 60

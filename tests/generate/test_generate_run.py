@@ -29,7 +29,9 @@ def ray_session():
 
     path = [str(Path(__file__).parent), *sys.path]  # workers find the recipes of these tests
     ray.init(
-        num_cpus=8, include_dashboard=False, log_to_driver=False,
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}},
     )
     yield
@@ -57,8 +59,12 @@ def prompts(tmp_path_factory) -> Path:
 def job_tree(prompts: Path, name: str = "run", engine: dict | None = None, **fields) -> dict:
     teacher = {"model": {"path": "any"}, "engine": {"type": "fake", **(engine or {})}, "pool": {"cpus_each": 0.5}}
     return {
-        "name": name, "seed": 5, "prompts": [{"type": "file", "path": str(prompts), "format": "prompt"}],
-        "teacher": teacher, "recipe": {"type": "respond", "samples": 2}, "commit": {"rows": 32, "seconds": 1.0},
+        "name": name,
+        "seed": 5,
+        "prompts": [{"type": "file", "path": str(prompts), "format": "prompt"}],
+        "teacher": teacher,
+        "recipe": {"type": "respond", "samples": 2},
+        "commit": {"rows": 32, "seconds": 1.0},
         **fields,
     }
 

@@ -88,8 +88,14 @@ def test_fused_experts_are_exported_under_the_checkpoints_names(tmp_path):
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
-        "mixtral", vocab_size=len(tiny.tokenizer()), hidden_size=64, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+        "mixtral",
+        vocab_size=len(tiny.tokenizer()),
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
     )
     model = AutoModelForCausalLM.from_config(config)
     write_model(model, tiny.tokenizer(), str(tmp_path / "m"), dtype=torch.float32)

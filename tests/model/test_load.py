@@ -57,8 +57,13 @@ def test_parameters_are_counted_without_weights(folder, tmp_path):
 def test_a_fresh_model_is_a_function_of_its_seed_and_takes_its_vocabulary_from_the_tokenizer():
     words = tiny.tokenizer()
     init = InitConfig(
-        config={"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-                "num_attention_heads": 2},
+        config={
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
         tokenizer="unused",
     )
     state = torch.get_rng_state()

@@ -113,10 +113,20 @@ def test_families_that_scale_or_cap_their_logits(family):
 
     words = len(tiny.tokenizer())
     common = {"vocab_size": words, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 32}
-    own = {"gemma2": {**shape, "final_logit_softcapping": 0.5}, "cohere": {**shape, "logit_scale": 0.25},
-           "granite": {**shape, "logits_scaling": 4.0}, "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2}}[family]
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
+    own = {
+        "gemma2": {**shape, "final_logit_softcapping": 0.5},
+        "cohere": {**shape, "logit_scale": 0.25},
+        "granite": {**shape, "logits_scaling": 4.0},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    }[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **own)).eval()
     ids = torch.randint(4, words, (2, 9))

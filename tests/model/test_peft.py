@@ -37,8 +37,11 @@ IDS = torch.arange(4, 40)[None]
 def test_trainable_parameters_are_the_sum_of_r_times_d_plus_k(folder):
     model = adapted(folder, rank=4)
     report = parameter_report(model)
-    linear = [m for n, m in AutoModelForCausalLM.from_pretrained(folder).named_modules()
-              if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    linear = [
+        m
+        for n, m in AutoModelForCausalLM.from_pretrained(folder).named_modules()
+        if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    ]
     expected = sum(4 * (m.out_features + m.in_features) for m in linear)
     assert report.trainable == expected == sum(m.trainable for m in report.matrices)
     assert len(report.matrices) == len(linear) == 14
@@ -53,9 +56,14 @@ def test_an_untrained_adapter_changes_nothing(folder):
         assert torch.equal(adapted(folder, rank=4)(IDS).logits, base(IDS).logits)
 
 
-@pytest.mark.parametrize("settings", [
-    {"rank": 4}, {"rank": 4, "rslora": True, "alpha": 8.0}, {"rank": 2, "train_tokens": ("<|im_start|>", "<|im_end|>")},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4},
+        {"rank": 4, "rslora": True, "alpha": 8.0},
+        {"rank": 2, "train_tokens": ("<|im_start|>", "<|im_end|>")},
+    ],
+)
 def test_merged_weights_compute_what_the_adapter_computes(folder, settings):
     model = adapted(folder, **settings)
     disturb(model)

@@ -96,7 +96,11 @@ def test_the_summary_has_exactly_its_four_parts(run):
     funnel = summary["funnel"]["curate"]
     assert funnel["in"] == funnel["accepted"] + sum(funnel["rejected"].values()) + sum(funnel["failed"].values())
     assert summary["stages"]["distill"] == {
-        "job": "generate", "seconds": pytest.approx(21.7, abs=0.5), "rows": 3000, "tokens": 91_020, "status": "run",
+        "job": "generate",
+        "seconds": pytest.approx(21.7, abs=0.5),
+        "rows": 3000,
+        "tokens": 91_020,
+        "status": "run",
     }
     assert summary["artifacts"]["sft"] == run.paths[3]
 
@@ -106,7 +110,9 @@ def test_a_summary_needs_no_report_and_says_what_was_skipped(run):
     write_summary(artifacts, run.store, {"distill"})
     summary = run.store.folder.read_json("summary.json")
     assert {name: stage["status"] for name, stage in summary["stages"].items()} == {
-        "score-base": "run", "distill": "skipped", "curate": "run",
+        "score-base": "run",
+        "distill": "skipped",
+        "curate": "run",
     }
 
 

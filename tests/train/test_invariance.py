@@ -23,8 +23,15 @@ def test_a_public_model_holds():
 
 def test_sliding_windows_hold(tmp_path):
     config = AutoConfig.for_model(
-        "mistral", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, sliding_window=8,
+        "mistral",
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=8,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert check_invariance(ModelRef(path=str(tmp_path))).ok

@@ -29,8 +29,13 @@ CASES = [
 def job_of(folder, strategy, world, accumulation, packing, **overrides):
     rows = 8 if packing else BATCH  # packing roughly halves the rows of these documents
     return tiny.job(
-        folder, steps=2, batch=BATCH, packing=packing, pack_length=160,
-        micro_batch=max(1, rows // (world * accumulation)), **{"strategy": {"type": strategy}, **overrides},
+        folder,
+        steps=2,
+        batch=BATCH,
+        packing=packing,
+        pack_length=160,
+        micro_batch=max(1, rows // (world * accumulation)),
+        **{"strategy": {"type": strategy}, **overrides},
     )
 
 
@@ -123,10 +128,16 @@ def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path, strategy
     torch.testing.assert_close(two[0], one, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("settings", [
-    {"model.attention": "sdpa"}, {"gradient_checkpointing": True}, {"model.attention": "sdpa", "packing": True},
-    {"strategy": {"type": "fsdp2", "reshard_after_forward": False}, "gradient_checkpointing": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.attention": "sdpa"},
+        {"gradient_checkpointing": True},
+        {"model.attention": "sdpa", "packing": True},
+        {"strategy": {"type": "fsdp2", "reshard_after_forward": False}, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_kernels_and_recomputation_move_nothing_but_rounding(figures, folder, tmp_path, settings):
     job = tiny.job(folder, **{"steps": 2, "batch": BATCH, **settings})
     train_local(job, tiny.chats(2 * BATCH), str(tmp_path))

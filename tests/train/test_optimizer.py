@@ -55,7 +55,11 @@ def test_schedules():
 def test_muon_learns_a_tiny_task(folder, tmp_path):
     records = [tiny.chat(word, word.upper(), position=i) for i, word in enumerate(tiny.WORDS)]
     job = tiny.job(
-        folder, steps=30, batch=12, optimizer={"type": "muon"}, precision="bf16",
+        folder,
+        steps=30,
+        batch=12,
+        optimizer={"type": "muon"},
+        precision="bf16",
         schedule={"type": "linear", "warmup": 0.0},
     )
     train_local(job, records, str(tmp_path))

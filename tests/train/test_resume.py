@@ -46,7 +46,8 @@ CASES = {
     "bf16 cosine": {"precision": "bf16", "schedule": {"type": "cosine"}},
     "lora with dropout": {"model.peft": {"type": "lora", "rank": 4, "dropout": 0.2}},
     "lora fsdp2, trained tokens": {
-        "model.peft": {"type": "lora", "rank": 4, "train_tokens": ["<|im_start|>"]}, "strategy": {"type": "fsdp2"},
+        "model.peft": {"type": "lora", "rank": 4, "train_tokens": ["<|im_start|>"]},
+        "strategy": {"type": "fsdp2"},
     },
 }
 

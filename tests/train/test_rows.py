@@ -32,7 +32,8 @@ def test_on_equal_content_the_row_of_the_higher_priority_stays(part):
     rows, rejected = read_mixture([part("low", ["a", "b", "b"]), part("high", ["b"], priority=1)])
     assert sorted(row.key for row in rows) == ["high:0:0", "low:0:0"]
     assert [(outcome.input_key, outcome.reason) for outcome in rejected] == [
-        ("low:1:0", "duplicate"), ("low:2:0", "duplicate"),
+        ("low:1:0", "duplicate"),
+        ("low:2:0", "duplicate"),
     ]
     rows, rejected = read_mixture([part("low", ["b", "b"]), part("high", ["b"])])
     assert (len(rows), rejected) == (3, [])

@@ -31,8 +31,13 @@ def losses(stage):
 
 def two_workers(folder, **overrides):
     settings = {
-        "steps": 6, "batch": 8, "packing": True, "strategy": {"type": "fsdp2"}, "workers": {"num": 2},
-        "checkpoint": {"every_steps": 2}, "model.peft": {"type": "lora", "rank": 4},
+        "steps": 6,
+        "batch": 8,
+        "packing": True,
+        "strategy": {"type": "fsdp2"},
+        "workers": {"num": 2},
+        "checkpoint": {"every_steps": 2},
+        "model.peft": {"type": "lora", "rank": 4},
     }
     return tiny.job(folder, **{**settings, **overrides})
 
@@ -59,9 +64,13 @@ def kill_a_worker():
     os.kill(workers[0].pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill_at", [
-    pytest.param(None, marks=pytest.mark.real), pytest.param(3, marks=pytest.mark.soak),
-])
+@pytest.mark.parametrize(
+    "kill_at",
+    [
+        pytest.param(None, marks=pytest.mark.real),
+        pytest.param(3, marks=pytest.mark.soak),
+    ],
+)
 def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, kill_at):
     from itune_ray.train.run import fit, prepare
 

@@ -29,8 +29,10 @@ class Grader(RowFilter):
         self._location, self._threshold = config.grader, config.threshold
         if config.grader not in GRADERS and ":" not in config.grader:
             raise ConfigError(
-                f"unknown grader{did_you_mean(config.grader, GRADERS)}", got=config.grader,
-                allowed=", ".join(GRADERS) + " or package.module:function", knob="filters.N.grader",
+                f"unknown grader{did_you_mean(config.grader, GRADERS)}",
+                got=config.grader,
+                allowed=", ".join(GRADERS) + " or package.module:function",
+                knob="filters.N.grader",
             )
 
     def identity(self) -> dict[str, Any]:

@@ -60,12 +60,19 @@ class HumanRating(RowFilter):
         q = good / len(rated) if rated else math.nan
         if self._q_min is not None and not low >= self._q_min:
             raise DataError(
-                f"Q_manual is {q:.3f} over {len(rated)} rated rows, lower 95 % bound {low:.3f}", got=round(low, 3),
-                allowed=f"at least {self._q_min}", knob="filters.N.q_min",
+                f"Q_manual is {q:.3f} over {len(rated)} rated rows, lower 95 % bound {low:.3f}",
+                got=round(low, 3),
+                allowed=f"at least {self._q_min}",
+                knob="filters.N.q_min",
             )
         unrated = sum(not record.meta.get("ratings") for record in seen.records)
         facts = {
-            "value": q, "low": low, "high": high, "n": len(rated), "unrated": unrated, "threshold": self._threshold,
+            "value": q,
+            "low": low,
+            "high": high,
+            "n": len(rated),
+            "unrated": unrated,
+            "threshold": self._threshold,
             "raters": self._per_rater(seen),
         }
         return Settled(facts={"q_manual": facts})

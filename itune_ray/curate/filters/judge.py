@@ -66,8 +66,10 @@ class JudgeFilter(Filter):
         """Stop the job when too many replies hold no score: then the judge or its template is at fault."""
         if unscored > self.config.max_parse_fail * replies:
             raise GenerationError(
-                f"{unscored} of {replies} replies of the judge hold no score", got=round(unscored / replies, 3),
-                allowed=f"at most {self.config.max_parse_fail}", knob="filters.N.max_parse_fail or filters.N.template",
+                f"{unscored} of {replies} replies of the judge hold no score",
+                got=round(unscored / replies, 3),
+                allowed=f"at most {self.config.max_parse_fail}",
+                knob="filters.N.max_parse_fail or filters.N.template",
             )
 
 

@@ -21,7 +21,11 @@ class MinhashDedup(GroupFilter):
         self._config = config
         bands, rows = _bands(config)
         self._settings = NearSettings(
-            threshold=config.threshold, num_perm=config.num_perm, bands=bands, rows=rows, ngram=config.ngram,
+            threshold=config.threshold,
+            num_perm=config.num_perm,
+            bands=bands,
+            rows=rows,
+            ngram=config.ngram,
             min_tokens=config.min_tokens,
         )
 
@@ -42,12 +46,15 @@ def _bands(config: MinhashDedupConfig) -> tuple[int, int]:
         return optimal_bands(config.threshold, config.num_perm)
     if config.bands is None or config.rows is None:
         raise ConfigError(
-            "minhash_dedup needs both bands and rows, or neither", got={"bands": config.bands, "rows": config.rows},
+            "minhash_dedup needs both bands and rows, or neither",
+            got={"bands": config.bands, "rows": config.rows},
             knob="filters.N.bands, filters.N.rows",
         )
     if config.bands * config.rows > config.num_perm:
         raise ConfigError(
-            "bands times rows exceeds the signature", got=f"{config.bands} x {config.rows}",
-            allowed=f"at most {config.num_perm} (num_perm)", knob="filters.N.num_perm",
+            "bands times rows exceeds the signature",
+            got=f"{config.bands} x {config.rows}",
+            allowed=f"at most {config.num_perm} (num_perm)",
+            knob="filters.N.num_perm",
         )
     return config.bands, config.rows

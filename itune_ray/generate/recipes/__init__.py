@@ -26,13 +26,17 @@ def _custom(config: CustomRecipeConfig) -> Recipe:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"the recipe's module cannot be imported: {error}", got=config.import_path, allowed="package.module:Class",
+            f"the recipe's module cannot be imported: {error}",
+            got=config.import_path,
+            allowed="package.module:Class",
             knob="recipe.import_path",
         ) from None
     if not hasattr(found, name):
         raise ConfigError(
-            f"the module has no such class{did_you_mean(name, vars(found))}", got=config.import_path,
-            allowed="package.module:Class", knob="recipe.import_path",
+            f"the module has no such class{did_you_mean(name, vars(found))}",
+            got=config.import_path,
+            allowed="package.module:Class",
+            knob="recipe.import_path",
         )
     try:
         return getattr(found, name)(**config.args)

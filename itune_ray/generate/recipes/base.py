@@ -70,8 +70,11 @@ def from_error(draft: Record, row: Record, completion: Completion, count: int = 
         return refused(draft, row, error.split(":", 1)[0], count, raw=error)
     return [
         Outcome(
-            record=numbered(draft, row, index, count), input_key=row.key, status="failed",
-            cause=error.split(";", 1)[0], raw=error,
+            record=numbered(draft, row, index, count),
+            input_key=row.key,
+            status="failed",
+            cause=error.split(";", 1)[0],
+            raw=error,
         )
         for index in range(count)
     ]

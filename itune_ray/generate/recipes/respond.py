@@ -50,8 +50,16 @@ class Respond:
         """Answers of the teacher to one prompt."""
         count = self._config.samples
         draft = dataclasses.replace(
-            row, messages=row.prompt, parents=(row.key,), recipe="respond", model=llm.model,
-            sampling=recorded(llm.sampling), seed=None, finish_reason=None, num_prompt_tokens=None, num_tokens=None,
+            row,
+            messages=row.prompt,
+            parents=(row.key,),
+            recipe="respond",
+            model=llm.model,
+            sampling=recorded(llm.sampling),
+            seed=None,
+            finish_reason=None,
+            num_prompt_tokens=None,
+            num_tokens=None,
         )
         asked = last_user_turn(row.prompt)
         if asked is None:
@@ -78,8 +86,10 @@ class Respond:
         record = dataclasses.replace(
             numbered(draft, row, index, self._config.samples),
             messages=(*draft.messages, {"role": "assistant", "content": sample.text}),
-            seed=seed + index, finish_reason=sample.finish_reason,
-            num_prompt_tokens=len(completion.prompt_token_ids), num_tokens=len(sample.token_ids),
+            seed=seed + index,
+            finish_reason=sample.finish_reason,
+            num_prompt_tokens=len(completion.prompt_token_ids),
+            num_tokens=len(sample.token_ids),
         )
         if not sample.text.strip():
             return Outcome(record=record, input_key=row.key, status="rejected", reason="empty")
@@ -89,6 +99,9 @@ class Respond:
 def recorded(sampling: Sampling) -> dict[str, object]:
     """The part of a sampling that a row remembers."""
     return {
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-        "max_tokens": sampling.max_tokens, "stop": list(sampling.stop),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "stop": list(sampling.stop),
     }

@@ -79,7 +79,10 @@ def torch_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
 def load_torch_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
     """Put `torch_state` back."""
     set_state_dict(
-        model, optimizers.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+        model,
+        optimizers.optimizers,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
         options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
 

@@ -27,7 +27,8 @@ class Fsdp2:
         self._config, self._world = config, world
         self._policy = (
             MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if precision == "bf16" else MixedPrecisionPolicy()
+            if precision == "bf16"
+            else MixedPrecisionPolicy()
         )
         self.gradient_divisor = world.size
         self._root: FSDPModule | None = None
