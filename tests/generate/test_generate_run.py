@@ -158,6 +158,7 @@ def start_driver(job: dict, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.soak  # tests/pipeline kills drivers with real vLLM
 def test_a_killed_driver_loses_only_what_was_under_way(host, prompts, tmp_path, wait_until):
     calm = make(host, tmp_path / "calm", prompts)
     log = tmp_path / "requests"
