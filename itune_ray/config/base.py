@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 from itune_ray.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
+JINJA = ("{%", "{{")
+"""What opens a template on the command line, which YAML would take for a mapping."""
 
 
 class Schema(BaseModel):
@@ -74,7 +76,7 @@ def read_tree(path: str | Path) -> Tree:
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return the tree with each `a.b=c` applied in order.
 
-    The value is parsed as YAML, so `lr=1e-3`, `flag=true` and `data=[{path: x}]` mean what they look like. A number
+    The value is parsed as YAML (a Jinja template is taken as it is), so `lr=1e-3`, `flag=true` and `data=[{path: x}]` mean what they look like. A number
     in the path indexes a list (`data.0.weight=2`); one past the end appends. An intermediate key that is missing is
     created; whether it is allowed is the schema's business.
     """
@@ -84,7 +86,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
         if not separator or not dotted:
             raise ConfigError("an override must read a.b=c", got=override, allowed="dotted.path=value")
         try:
-            value = _numeric(yaml.safe_load(text))
+            value = text if text.startswith(JINJA) else _numeric(yaml.safe_load(text))
         except yaml.YAMLError:
             raise ConfigError("the value of an override must be valid YAML", got=override) from None
         _assign(result, dotted.split("."), value, override)

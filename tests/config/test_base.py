@@ -25,6 +25,11 @@ def test_override_sets_nested_values_with_yaml_types():
     assert tree["model"] == {"path": "m", "peft": {"type": "lora", "rank": 4}}
 
 
+def test_a_template_on_the_command_line_is_taken_as_it_is():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert apply_overrides(TREE, [f"model.chat_template={template}"])["model"]["chat_template"] == template
+
+
 def test_override_indexes_and_appends_to_lists():
     tree = apply_overrides(TREE, ["data.0.weight=2", "data.1.source.path=b"])
     assert tree["data"][0]["weight"] == 2
