@@ -76,9 +76,9 @@ def read_tree(path: str | Path) -> Tree:
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return the tree with each `a.b=c` applied in order.
 
-    The value is parsed as YAML (a Jinja template is taken as it is), so `lr=1e-3`, `flag=true` and `data=[{path: x}]` mean what they look like. A number
-    in the path indexes a list (`data.0.weight=2`); one past the end appends. An intermediate key that is missing is
-    created; whether it is allowed is the schema's business.
+    The value is parsed as YAML (a Jinja template is taken as it is), so `lr=1e-3`, `flag=true` and `data=[{path: x}]`
+    mean what they look like. A number in the path indexes a list (`data.0.weight=2`); one past the end appends. An
+    intermediate key that is missing is created; whether it is allowed is the schema's business.
     """
     result: Tree = json.loads(json.dumps(tree))
     for override in overrides:
