@@ -24,7 +24,8 @@ def main() -> int:
         subprocess.Popen([*itune, str(HERE / f"{name}.yaml"), f"output={output}", "run.ray.dashboard=false"])
         for name in NAMES
     ]
-    if any([job.wait() for job in jobs]):
+    codes = [job.wait() for job in jobs]
+    if any(codes):
         return 1
     for name in NAMES:
         install(name, output / f"playground-{name}")
