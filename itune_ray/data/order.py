@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from itune_ray.data.mixture import epoch_multiplicity
 from itune_ray.data.packing import pack
-from itune_ray.data.records import row_rng, row_seed
+from itune_ray.data.records import row_seed
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 
@@ -91,9 +92,7 @@ class Order:
         return [index for _, index in sorted(drawn)]
 
     def _copies(self, index: int, epoch: int) -> int:
-        whole, rest = divmod(self._weights[index], 1)
-        extra = rest > 0 and row_rng(self._seed, "train.mixture", self._keys[index], epoch).random() < rest
-        return int(whole) + int(extra)
+        return epoch_multiplicity(self._weights[index], self._keys[index], self._seed, epoch)
 
     def steps(self, epochs: float | None, steps: int | None) -> Iterator[tuple[float, list[int]]]:
         """(epochs done after the step, document indices) of each step; give one of `epochs` and `steps`.
