@@ -1,6 +1,6 @@
 """Schema of `itune train`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,9 @@ class TrainedModel(Schema):
 class SftConfig(Schema):
     """Supervised fine-tuning: negative log-likelihood over supervised tokens, divided once by their global count
     (survey eq. 6 and 14)."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "answers"
+    """What a row must hold, and what it becomes; see `itune_ray.train.documents`."""
 
     type: Literal["sft"] = "sft"
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
@@ -205,6 +208,11 @@ class TrainJob(Job):
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: Positive = 1
+
+    @property
+    def pack_capacity(self) -> int:
+        """Tokens of one packed row."""
+        return self.pack_length or self.max_length
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainJob":

@@ -11,12 +11,13 @@ Shapes: B rows, T tokens of the longest row. Three ways to isolate documents, on
   `position_ids`; `use_cache=False` is passed always.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from itune_ray.data.order import PackedRow
@@ -39,10 +40,16 @@ class Batch:
     """[B, T] int64."""
     position_ids: Tensor
     """[B, T] int64, from 0 in every document."""
-    documents: Tensor
-    """[B, T] int64: which document of the row a token belongs to; -1 in padding."""
+    segments: Tensor
+    """[B, T] int64: which segment of its packed row a token belongs to; -1 in padding. A chat is one segment, a
+    preference pair two, chosen then rejected."""
+    num_segments: tuple[int, ...]
+    """Segments of each row."""
     keys: tuple[tuple[str, ...], ...]
     """Row keys of the documents, per packed row."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What the objective needs beside the ids, flat over the rows: [N, ...] in the order of the supervised tokens
+    (`labels[:, 1:] != -100`), or [S] in the order of the segments."""
 
     @property
     def num_supervised(self) -> int:
@@ -51,16 +58,17 @@ class Batch:
 
     @property
     def is_packed(self) -> bool:
-        """Whether any row holds more than one document."""
-        return any(len(row) > 1 for row in self.keys)
+        """Whether any row holds more than one segment."""
+        return any(count > 1 for count in self.num_segments)
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "labels", "position_ids", "documents")
+            for name in ("input_ids", "labels", "position_ids", "segments")
         }
-        return replace(self, **moved)
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        return replace(self, **moved, columns=columns)
 
 
 def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch:
@@ -76,7 +84,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
     shape = (max(len(rows), 1), width)
     ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
-    documents = np.full(shape, -1, dtype=np.int64)
+    segments = np.full(shape, -1, dtype=np.int64)
     positions = np.tile(np.arange(width, dtype=np.int64), (shape[0], 1))
     for b, row in enumerate(rows):
         length = len(row.input_ids)
@@ -84,7 +92,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
         ids[b, :length] = row.input_ids
         labels[b, :length] = np.where(row.supervised, row.input_ids, IGNORED)
         labels[b, starts] = IGNORED
-        documents[b, :length] = np.repeat(np.arange(len(row.lengths)), row.lengths)
+        segments[b, :length] = np.repeat(np.arange(len(row.lengths)), row.lengths)
         positions[b, :length] -= np.repeat(starts, row.lengths)
         if len(row.lengths) > 1:
             positions[b, length:] = np.arange(width - length)
@@ -92,8 +100,10 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(positions),
-        documents=torch.from_numpy(documents),
+        segments=torch.from_numpy(segments),
+        num_segments=tuple(len(row.lengths) for row in rows),
         keys=tuple(row.keys for row in rows),
+        columns={name: torch.from_numpy(values) for name, values in _columns(rows).items()},
     )
 
 
@@ -104,7 +114,13 @@ def join(rows: Sequence[PackedRow]) -> PackedRow:
         np.concatenate([row.supervised for row in rows]),
         np.concatenate([row.lengths for row in rows]),
         tuple(key for row in rows for key in row.keys),
+        _columns(rows),
     )
+
+
+def _columns(rows: Sequence[PackedRow]) -> dict[str, NDArray[np.generic]]:
+    names = rows[0].columns if rows else ()
+    return {name: np.concatenate([row.columns[name] for row in rows]) for name in names}
 
 
 def model_inputs(batch: Batch, masking: Masking, dtype: torch.dtype) -> dict[str, object]:
@@ -127,11 +143,11 @@ def model_inputs(batch: Batch, masking: Masking, dtype: torch.dtype) -> dict[str
 
 def block_causal_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
     """Additive mask [B, 1, T, T] (or [1, 1, T, T] when no row is packed): 0 where query i may see key j, that is
-    j <= i in the same document, and the dtype's lowest value elsewhere."""
+    j <= i in the same segment, and the dtype's lowest value elsewhere."""
     width = batch.input_ids.shape[1]
     allowed = torch.ones(width, width, dtype=torch.bool, device=batch.input_ids.device).tril()[None]
     if batch.is_packed:
-        allowed = allowed & (batch.documents[:, :, None] == batch.documents[:, None, :])
+        allowed = allowed & (batch.segments[:, :, None] == batch.segments[:, None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 

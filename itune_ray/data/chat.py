@@ -7,6 +7,7 @@ that rewrites earlier turns (Qwen3 drops old `<think>` blocks) is refused with a
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,12 @@ class ChatRenderer:
     def template_hash(self) -> str:
         """First 16 hex of SHA-256 of the template, for identities and caches; empty without one."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.template else ""
+
+    @property
+    def vocabulary_hash(self) -> str:
+        """First 16 hex of SHA-256 of the vocabulary: token ids mean the same only where it is equal."""
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the chat followed by the generation prompt: what an engine continues."""

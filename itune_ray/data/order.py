@@ -6,7 +6,7 @@ per epoch and a hash-sampled share of w - floor(w) once more (survey eq. 5). The
 small Parquet row groups; a worker reads only the groups that overlap its slice of a step.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -29,9 +29,12 @@ DOCUMENT_SCHEMA = pa.schema(
         ("weight", pa.float64()),
         ("input_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.bool_())),
+        ("lengths", pa.list_(pa.int32())),
     ]
 )
-"""One tokenised document per row, unique by key."""
+"""One tokenised document per row, unique by key: a chat or text of one segment, or a preference pair of two, chosen
+then rejected. Segments never see each other; a document is never split, so that its segments meet in one loss. Further
+columns are flat lists, one entry (or k) per supervised token or per segment, as the objective needs them."""
 PACKED_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -40,7 +43,8 @@ PACKED_SCHEMA = pa.schema(
         ("keys", pa.list_(pa.string())),
     ]
 )
-"""One packed row: its documents one after another, with their lengths and keys."""
+"""One packed row: its documents one after another, with the lengths of their segments and their keys. Further columns
+are the documents' own, laid end to end."""
 STEP_SCHEMA = pa.schema(
     [
         ("file", pa.string()),
@@ -54,12 +58,14 @@ STEP_SCHEMA = pa.schema(
 
 
 class PackedRow(NamedTuple):
-    """Documents laid end to end: ids and supervised flags per token, then length and key per document."""
+    """Documents laid end to end: ids and supervised flags per token, length per segment, key per document."""
 
     input_ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     lengths: NDArray[np.int32]
     keys: tuple[str, ...]
+    columns: Mapping[str, NDArray[np.generic]] = {}
+    """Flat values per supervised token or per segment, in order."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +142,15 @@ def write_order(
     """Write the packed table of a run to `folder` (a path or URI) and return its plan, which is written last.
 
     Args:
-        documents: `DOCUMENT_SCHEMA`.
+        documents: `DOCUMENT_SCHEMA`, further list columns allowed.
         capacity: Tokens of a packed row; None puts every document in a row of its own.
     """
     target = Folder.at(folder)
     target.fs.create_dir(target.path, recursive=True)
-    ids, supervised = _Lists(documents["input_ids"]), _Lists(documents["supervised"])
+    lists = {name: _Lists(documents[name]) for name in documents.column_names if name not in ("key", "weight")}
+    schema = pa.schema(
+        [*PACKED_SCHEMA, *(field for field in documents.schema if field.name not in DOCUMENT_SCHEMA.names)]
+    )
     keys: list[str] = documents["key"].to_pylist()
     order = Order(keys, documents["weight"].to_pylist(), seed, batch)
     step_rows: list[dict[str, object]] = []
@@ -150,11 +159,11 @@ def write_order(
         if step % STEPS_PER_FILE == 0:
             if writer is not None:
                 writer.close()
-            writer = _FileWriter(target, f"part-{step // STEPS_PER_FILE:05d}.parquet")
+            writer = _FileWriter(target, f"part-{step // STEPS_PER_FILE:05d}.parquet", schema)
         assert writer is not None
-        lengths = [ids.length(i) for i in indices]
+        lengths = [lists["input_ids"].length(i) for i in indices]
         rows = pack(lengths, capacity) if capacity is not None else [[i] for i in range(len(indices))]
-        entry = writer.write(_packed_table([[indices[i] for i in row] for row in rows], ids, supervised, keys))
+        entry = writer.write(_packed_table([[indices[i] for i in row] for row in rows], lists, keys, schema))
         step_rows.append({**entry, "documents": len(indices), "tokens": sum(lengths), "epoch": done})
         tokens += sum(lengths)
     if writer is not None:
@@ -238,10 +247,10 @@ class _Lists:
 class _FileWriter:
     """One Parquet file of the order; each step starts a new row group."""
 
-    def __init__(self, folder: Folder, name: str):
+    def __init__(self, folder: Folder, name: str, schema: pa.Schema):
         self._name, self._groups = name, 0
         self._stream = folder.fs.open_output_stream((folder / name).path)
-        self._writer = pq.ParquetWriter(self._stream, PACKED_SCHEMA, compression="zstd", use_dictionary=False)
+        self._writer = pq.ParquetWriter(self._stream, schema, compression="zstd", use_dictionary=False)
 
     def write(self, table: pa.Table) -> dict[str, object]:
         entry: dict[str, object] = {"file": self._name, "first_group": self._groups, "rows": table.num_rows}
@@ -254,17 +263,19 @@ class _FileWriter:
         self._stream.close()
 
 
-def _packed_table(rows: Iterable[Sequence[int]], ids: _Lists, supervised: _Lists, keys: Sequence[str]) -> pa.Table:
-    columns: dict[str, list[object]] = {name: [] for name in PACKED_SCHEMA.names}
-    for row in rows:
-        columns["input_ids"].append(np.concatenate([ids[i] for i in row]))
-        columns["supervised"].append(np.concatenate([supervised[i] for i in row]))
-        columns["lengths"].append([ids.length(i) for i in row])
-        columns["keys"].append([keys[i] for i in row])
-    return pa.table(columns, schema=PACKED_SCHEMA)
+def _packed_table(
+    rows: Sequence[Sequence[int]], lists: Mapping[str, _Lists], keys: Sequence[str], schema: pa.Schema
+) -> pa.Table:
+    columns: dict[str, list[object]] = {
+        name: [np.concatenate([column[i] for i in row]) for row in rows] for name, column in lists.items()
+    }
+    columns["keys"] = [[keys[i] for i in row] for row in rows]
+    return pa.table(columns, schema=schema)
 
 
 def _packed_rows(table: pa.Table) -> Iterator[PackedRow]:
-    ids, supervised, lengths = (_Lists(table[name]) for name in ("input_ids", "supervised", "lengths"))
+    lists = {name: _Lists(table[name]) for name in table.column_names if name != "keys"}
+    ids, supervised, lengths = (lists.pop(name) for name in ("input_ids", "supervised", "lengths"))
     for index, keys in enumerate(table["keys"].to_pylist()):
-        yield PackedRow(ids[index], supervised[index], lengths[index], tuple(keys))  # type: ignore[arg-type]
+        extra = {name: column[index] for name, column in lists.items()}
+        yield PackedRow(ids[index], supervised[index], lengths[index], tuple(keys), extra)  # type: ignore[arg-type]

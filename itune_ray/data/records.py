@@ -19,6 +19,26 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """A teacher's next-token distributions over a rendered chat, cut to the k likeliest tokens (survey eq. 3).
+
+    Probabilities are the teacher's own at T = 1 and are not renormalised: 1 - Σ p over the k is the tail's mass.
+    """
+
+    input_ids: tuple[int, ...]
+    """The chat as the teacher's template renders it: the student must render the same."""
+    positions: tuple[int, ...]
+    """Which of `input_ids` are predicted: the M supervised tokens, position 0 never among them."""
+    k: int
+    ids: bytes
+    """[M, k] int32, little-endian, likeliest first."""
+    log_probs: bytes
+    """[M, k] float16, natural logarithms; values below -65504 are clamped to -1e4."""
+    tokenizer: str
+    """`ChatRenderer.vocabulary_hash` of the teacher: ids of another vocabulary mean nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One row of instruction data, before or after any stage.
 
@@ -35,6 +55,10 @@ class Record:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     """Plain text to model whole; excludes `messages`."""
+    rejected: str | None = None
+    """Preference rows: the answer that lost against the final assistant turn (survey eq. 12)."""
+    teacher: TopK | None = None
+    """Distillation rows: what the teacher would have said at each token of the answer."""
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
     """Facts that travel with the row for graders and reports (family, language, ratings, ...): JSON values."""
     weight: float = 1.0
@@ -61,6 +85,8 @@ class Record:
     def content_hash(self) -> str:
         """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces)."""
         turns = [[m["role"], _normalise(m["content"])] for m in self.messages]
+        if self.rejected is not None:
+            turns.append(["rejected", _normalise(self.rejected)])
         content: Any = turns if self.text is None else _normalise(self.text)
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
 
@@ -90,6 +116,8 @@ class Record:
             {"role": m["role"], "content": m["content"]} for m in _listed(values.get("messages"))
         )
         values["parents"] = tuple(_listed(values.get("parents")))
+        if isinstance(values.get("teacher"), Mapping):
+            values["teacher"] = _topk(values["teacher"])
         for name in ("meta", "sampling"):
             if isinstance(values.get(name), str):
                 values[name] = json.loads(values[name])
@@ -99,6 +127,16 @@ class Record:
         return cls(**values)
 
 
+TOPK_TYPE = pa.struct(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("positions", pa.list_(pa.int32())),
+        ("k", pa.int32()),
+        ("ids", pa.binary()),
+        ("log_probs", pa.binary()),
+        ("tokenizer", pa.string()),
+    ]
+)
 RECORD_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -108,6 +146,8 @@ RECORD_SCHEMA = pa.schema(
         ("sample", pa.int32()),
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("text", pa.string()),
+        ("rejected", pa.string()),
+        ("teacher", TOPK_TYPE),
         ("meta", pa.string()),
         ("weight", pa.float64()),
         ("parents", pa.list_(pa.string())),
@@ -141,6 +181,11 @@ def row_seed(run_seed: int, stage: str, key: str, round: int = 0) -> int:
 def row_rng(run_seed: int, stage: str, key: str, round: int = 0) -> random.Random:
     """A generator seeded by `row_seed`."""
     return random.Random(row_seed(run_seed, stage, key, round))
+
+
+def _topk(value: Mapping[str, Any]) -> TopK:
+    ids, positions = (tuple(map(int, value[name])) for name in ("input_ids", "positions"))
+    return TopK(**{**value, "input_ids": ids, "positions": positions, "k": int(value["k"])})
 
 
 def _listed(value: Any) -> list[Any]:

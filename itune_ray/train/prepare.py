@@ -17,16 +17,14 @@ import pyarrow.compute as pc
 
 from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
-from itune_ray.data.chat import ChatRenderer, UnusableRow
+from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
-from itune_ray.data.order import DOCUMENT_SCHEMA, Plan, read_plan, write_order
+from itune_ray.data.order import Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
+from itune_ray.train.documents import DocumentError, documents_of
 from itune_ray.train.rows import rejection
-
-TOKENISED_SCHEMA = pa.schema([*DOCUMENT_SCHEMA, ("rejection", pa.string())])
-"""A tokenised document, or no tokens and the row's outcome as JSON."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,23 @@ def renderer_for(model_json: str) -> ChatRenderer:
     return load_renderer(TrainedModel.model_validate_json(model_json))
 
 
+def tokenised_schema(job: TrainJob) -> pa.Schema:
+    """A tokenised document of the job's objective, or no tokens and the row's outcome as JSON."""
+    return pa.schema([*documents_of(job.objective).schema, ("rejection", pa.string())])
+
+
 def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
-    """`TOKENISED_SCHEMA` of a batch of rows."""
-    return pa.Table.from_pylist([_tokenised_row(r, job, renderer) for r in records], schema=TOKENISED_SCHEMA)
+    """`tokenised_schema` of a batch of rows."""
+    return pa.Table.from_pylist([_tokenised_row(r, job, renderer) for r in records], schema=tokenised_schema(job))
 
 
 def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dict[str, Any]:
     row: dict[str, Any] = {"key": record.key, "weight": record.weight}
     try:
-        ids, supervised = renderer.record_ids(record, job.objective.supervise)
-    except UnusableRow as error:
-        return row | {"rejection": _json(rejection(record, error.reason, str(error)))}
-    if len(ids) > job.max_length:
-        detail = f"{len(ids)} tokens, max_length {job.max_length}"
-        return row | {"rejection": _json(rejection(record, "too_long", detail, score=len(ids)))}
-    return row | {"input_ids": ids, "supervised": supervised}
+        document = documents_of(job.objective).document(record, job, renderer)
+    except DocumentError as error:
+        return row | {"rejection": _json(rejection(record, error.reason, error.detail, score=error.score))}
+    return row | document
 
 
 def _json(outcome: Outcome) -> str:
@@ -74,8 +74,8 @@ def _json(outcome: Outcome) -> str:
 def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
     """Identity of the order, as far as the job decides it: settings, tokenizer and template."""
     settings = (job.seed, job.batch, job.epochs, job.steps, job.max_length, job.packing, job.pack_length)
-    vocabulary = digest(renderer.tokenizer.get_vocab(), length=16)
-    return digest([settings, job.objective.model_dump(mode="json"), vocabulary, renderer.template_hash], length=16)
+    objective = job.objective.model_dump(mode="json")
+    return digest([settings, objective, renderer.vocabulary_hash, renderer.template_hash], length=16)
 
 
 def finished_preparation(job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData | None:
@@ -94,7 +94,7 @@ def write_prepared(
     """Split accepted from rejected rows, and write `rejected/` and `order/`; refuses to go on with nothing to train.
 
     Args:
-        tokenised: `TOKENISED_SCHEMA`.
+        tokenised: `tokenised_schema` of the job.
         unread: Outcomes of rows that never got as far as tokenising.
     """
     documents = tokenised.filter(pc.field("rejection").is_null())
@@ -112,10 +112,10 @@ def write_prepared(
             knob="data",
         )
     folder = stage / "order"
-    capacity = (job.pack_length or job.max_length) if job.packing else None
+    capacity = job.pack_capacity if job.packing else None
     folder.write_json("rows.json", {"accepted": documents.num_rows, "rejected": counts})
     plan = write_order(
-        documents.select(DOCUMENT_SCHEMA.names),
+        documents.drop_columns(["rejection"]),
         folder.uri,
         digest=preparation_digest(job, renderer),
         seed=job.seed,
@@ -136,7 +136,7 @@ def prepare_locally(
     if done is not None:
         return done
     tables = [tokenise(chunk, job, renderer) for chunk in _chunks(records, 4096)]
-    tokenised = pa.concat_tables(tables or [TOKENISED_SCHEMA.empty_table()])
+    tokenised = pa.concat_tables(tables or [tokenised_schema(job).empty_table()])
     return write_prepared(tokenised, job, renderer, stage_dir, unread)
 
 

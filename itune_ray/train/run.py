@@ -157,8 +157,10 @@ def _dataset(records: Iterable[Record]) -> "ray.data.Dataset":
 
 
 def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
-    """`TOKENISED_SCHEMA` of a dataset with the columns of `RECORD_SCHEMA`, in no particular order."""
-    from itune_ray.train.prepare import TOKENISED_SCHEMA
+    """`tokenised_schema` of a dataset with the columns of `RECORD_SCHEMA`, in no particular order."""
+    from itune_ray.train.prepare import tokenised_schema
+
+    schema = tokenised_schema(job)
 
     def tokenise_block(table: pa.Table) -> pa.Table:
         from itune_ray.train.prepare import renderer_for, tokenise
@@ -169,7 +171,7 @@ def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
     tokenised = rows.map_batches(tokenise_block, batch_format="pyarrow", batch_size=ROWS_PER_BLOCK)
     references: list[Any] = tokenised.to_arrow_refs()
     tables: list[pa.Table] = [table for table in ray.get(references) if table.num_rows]
-    return pa.concat_tables([t.cast(TOKENISED_SCHEMA) for t in tables] or [TOKENISED_SCHEMA.empty_table()])
+    return pa.concat_tables([t.cast(schema) for t in tables] or [schema.empty_table()])
 
 
 def fit(

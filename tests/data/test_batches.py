@@ -19,7 +19,7 @@ def test_labels_positions_and_documents():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7, IGNORED, IGNORED, 4, IGNORED, IGNORED]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
-    assert batch.documents.tolist() == [[0, 0, 0, 1, 2, 2, -1, -1]]
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 2, 2, -1, -1]]
     assert batch.num_supervised == 3
 
 

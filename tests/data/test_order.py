@@ -15,6 +15,7 @@ def documents(count: int, weights: list[float] | None = None, shuffled: bool = F
             "weight": weights[i] if weights else 1.0,
             "input_ids": [i] * (1 + i % 7),
             "supervised": [True] * (1 + i % 7),
+            "lengths": [1 + i % 7],
         }
         for i in range(count)
     ]
