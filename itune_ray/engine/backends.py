@@ -4,6 +4,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from itune_ray.engine.base import EngineDiedError
+from itune_ray.engine.grouped_lora import group_by_adapter
 from itune_ray.engine.orphans import children_die_with_me
 from itune_ray.engine.scoring import score_under_own_adapter
 from itune_ray.engine.stepper import Stepper
@@ -11,6 +12,12 @@ from itune_ray.engine.stepper import Stepper
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
+
+
+def _mend_adapters(worker: Any) -> None:
+    """In each worker's process: adapters on CPU that are fast, and right beside prompt log-probabilities."""
+    group_by_adapter()
+    score_under_own_adapter(worker.model_runner)
 
 
 class Backend(Protocol):
@@ -56,7 +63,7 @@ class InProcessBackend:
         with children_die_with_me():  # tensor parallel workers
             self._engine = LLMEngine.from_engine_args(args)
         if args.enable_lora:
-            self._engine.collective_rpc(lambda worker: score_under_own_adapter(worker.model_runner))
+            self._engine.collective_rpc(_mend_adapters)
         self._stepper = Stepper(self._engine)
 
     @property
