@@ -58,11 +58,18 @@ class TrainedModel(Schema):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
+    adapter: str | None = None
+    """A LoRA adapter folder or URI to train on, e.g. `step://sft/adapter`; `peft` must ask for the same rank, scale,
+    matrices and trained tokens. The adapter that is written replaces it: it holds both trainings."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TrainedModel":
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of model.path (a pretrained model) and model.init (a fresh one)")
+        if self.adapter is not None and (self.peft.type != "lora" or self.path is None):
+            raise ValueError(
+                "model.adapter continues a LoRA adapter: set model.peft.type=lora and model.path to its base"
+            )
         return self
 
     def reference(self) -> ModelRef:

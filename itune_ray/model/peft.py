@@ -144,6 +144,11 @@ def base_name(name: str) -> str | None:
     return name
 
 
+def saved_name(name: str) -> str:
+    """The name an adapter's parameter has in a saved adapter, as PEFT writes it: the adapter's own name left out."""
+    return name.removeprefix("module.").replace(f".{ADAPTER}", "")
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(plain module name, PEFT layer) of every adapted matrix."""
     from peft.tuners.lora import LoraLayer

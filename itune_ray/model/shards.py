@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from itune_ray.data.hub import weight_files
 from itune_ray.errors import ModelError
-from itune_ray.model.peft import base_name, initial_adapter
+from itune_ray.model.peft import base_name, initial_adapter, saved_name
 
 _Slices = tuple[slice, ...]
 
@@ -43,6 +43,16 @@ def fill_from_folder(model: nn.Module, folder: str, *, seed: int) -> None:
             else:
                 start = initial_adapter(name, tuple(parameter.shape), seed, fallback=torch.zeros(parameter.shape))
                 _copy(parameter, lambda slices, w=start: w[slices])
+
+
+def fill_from_adapter(model: nn.Module, folder: str) -> None:
+    """Fill the trained parameters of a placed model from a saved adapter (see `model.adapter.check_adapter`)."""
+    index = _index(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                saved = saved_name(name)
+                _copy(parameter, lambda slices, s=saved: _read(index, s, slices))
 
 
 def _copy(parameter: Tensor, read: Any) -> None:

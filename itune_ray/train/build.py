@@ -16,6 +16,7 @@ from itune_ray.data.batches import Masking
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
+from itune_ray.model.adapter import check_adapter
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -27,7 +28,7 @@ from itune_ray.model.load import (
 )
 from itune_ray.model.logprobs import install_fused_head
 from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report
-from itune_ray.model.shards import covers, fill_from_folder
+from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -75,6 +76,9 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     install_fused_head(model)
     masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
+    if adapter is not None:
+        check_adapter(adapted, adapter)
     if job.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     report = parameter_report(adapted)
@@ -82,6 +86,8 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if empty:
         assert folder is not None
         fill_from_folder(placed, folder, seed=job.seed)
+    if adapter is not None:
+        fill_from_adapter(placed, adapter)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     return Built(placed.train(), masking, dtype, report, folder)
 

@@ -17,14 +17,14 @@ from itune_ray.data.order import PackedTable
 from itune_ray.data.records import Record, row_seed
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
-from itune_ray.model.export import export_trained
+from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
 from itune_ray.train.optimizer import Optimizers, build_optimizers
-from itune_ray.train.outcome import TrainOutcome
+from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.schedule import lr_factor
 from itune_ray.train.step import Stepper, StepResult
@@ -37,16 +37,25 @@ OnProgress = Callable[[int, int, Row], None]
 
 
 def train_local(
-    job: TrainJob, records: Iterable[Record], out_dir: str, on_progress: OnProgress | None = None
+    job: TrainJob,
+    records: Iterable[Record],
+    out_dir: str,
+    on_progress: OnProgress | None = None,
+    *,
+    stop_at: int | None = None,
 ) -> TrainOutcome:
-    """Train without Ray, alone or as one rank of torchrun; asking again continues from the last checkpoint."""
+    """Train without Ray, alone or as one rank of torchrun; asking again continues from the last checkpoint.
+
+    Args:
+        stop_at: See `train_rank`.
+    """
     torch.set_num_threads(job.workers.torch_threads or 1)
     world = start_from_environment(job.workers.collective_timeout_s)
     if world.is_main:
         prepare_locally(job, records, out_dir)
     world.barrier()
     prepared = prepare_locally(job, [], out_dir)
-    return train_rank(job, prepared, out_dir, world, on_progress)
+    return train_rank(job, prepared, out_dir, world, on_progress, stop_at=stop_at)
 
 
 def train_rank(
@@ -55,8 +64,18 @@ def train_rank(
     stage_dir: str,
     world: World | None = None,
     on_progress: OnProgress | None = None,
+    *,
+    stop_at: int | None = None,
 ) -> TrainOutcome:
-    """One rank's whole run: build, resume, step to the end, export. Collective over all ranks."""
+    """One rank's whole run: build, resume, step to the end, export. Collective over all ranks.
+
+    Args:
+        stop_at: Pause once so many steps are done: checkpoint, and export to `pause_folder` what can be served, the
+            adapter alone where there is one. A later call goes on as if there had been no pause.
+
+    Raises:
+        TrainError: `stop_at` lies outside the run, or the run has gone past it.
+    """
     world = world or current_world()
     tokenizer = load_renderer(job.model).tokenizer
     strategy = build_strategy(job.strategy, world, job.precision)
@@ -74,25 +93,36 @@ def train_rank(
     )
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     loop = Loop(job, PackedTable(prepared.folder), stepper, checkpoints, pad_id(tokenizer), stage_dir)
-    metrics = loop.run(on_progress)
-    model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world)
+    metrics = loop.run(on_progress, stop_at)
+    model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
+    steps = stop_at or prepared.plan.steps
     return TrainOutcome(
         model_path,
         adapter_path,
-        prepared.plan.steps,
+        steps,
         metrics,
         built.report,
         prepared.accepted,
         prepared.rejected,
-        checkpoints.at(prepared.plan.steps).uri,
+        checkpoints.at(steps).uri,
     )
 
 
 def _export(
-    job: TrainJob, built: Built, tokenizer: PreTrainedTokenizerBase, stage_dir: str, world: World
-) -> tuple[str, str | None]:
+    job: TrainJob,
+    built: Built,
+    tokenizer: PreTrainedTokenizerBase,
+    stage_dir: str,
+    world: World,
+    stop_at: int | None,
+) -> tuple[str | None, str | None]:
+    out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
+    if stop_at is not None and job.model.peft.type == "lora":
+        adapter = (Folder.at(out) / "adapter").uri
+        write_adapter(built.model, tokenizer, adapter, is_main=world.is_main, base_path=job.model.path)
+        return None, adapter
     return export_trained(
-        built.model, tokenizer, stage_dir, dtype=built.dtype, is_main=world.is_main, base_path=job.model.path
+        built.model, tokenizer, out, dtype=built.dtype, is_main=world.is_main, base_path=job.model.path
     )
 
 
@@ -107,27 +137,32 @@ class Loop:
         self._optimizers: Optimizers = stepper.optimizers
         self._total = table.plan.steps
 
-    def run(self, on_progress: OnProgress | None = None) -> Row:
-        """Train to the end and return the last metrics row."""
-        start = self._resume()
+    def run(self, on_progress: OnProgress | None = None, stop_at: int | None = None) -> Row:
+        """Train to the end, or until `stop_at` steps are done, and return the last metrics row."""
+        end = self._total if stop_at is None else stop_at
+        if not 0 < end <= self._total:
+            raise TrainError(
+                "the run has no such step to stop at", got=end, allowed=f"1 to {self._total}", knob="stop_at"
+            )
+        start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
         row: Row = {}
-        for step in range(start, self._total):
+        for step in range(start, end):
             row = self._step(step)
             if log is not None and ((step + 1) % self._job.log_every == 0 or step + 1 == self._total):
                 log.write(row)
                 if on_progress is not None:
                     on_progress(step + 1, self._total, row)
-            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == self._total:
+            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
 
-    def _resume(self) -> int:
+    def _resume(self, end: int) -> int:
         step = self._checkpoints.latest()
-        if step > self._total:
-            raise TrainError("the checkpoint is beyond the end of this run", got=step, allowed=f"{self._total} steps")
+        if step > end:
+            raise TrainError("the checkpoint is beyond the end of this run", got=step, allowed=f"{end} steps")
         if step:
             self._checkpoints.load(step, self._stepper.model, self._optimizers, self._stepper.strategy)
         return step

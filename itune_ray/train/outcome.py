@@ -14,8 +14,8 @@ NAME = "outcome.json"
 class TrainOutcome:
     """What a finished training left behind."""
 
-    model_path: str
-    """Hugging Face folder, the adapter merged in."""
+    model_path: str | None
+    """Hugging Face folder, the adapter merged in; None for an adapter at a pause."""
     adapter_path: str | None
     """PEFT folder; None after full training."""
     steps: int
@@ -25,6 +25,11 @@ class TrainOutcome:
     accepted: int
     rejected: dict[str, int]
     checkpoint_path: str
+
+
+def pause_folder(stage_dir: str, step: int) -> str:
+    """Where a run that pauses after `step` steps leaves what it exports."""
+    return (Folder.at(stage_dir) / f"at-{step:06d}").uri
 
 
 def write_outcome(outcome: TrainOutcome, stage_dir: str) -> None:

@@ -22,7 +22,7 @@ import ray
 from itune_ray import cluster
 from itune_ray.config.train import TrainJob
 from itune_ray.data.artifact import Artifact, RunStore
-from itune_ray.data.hub import local_model_folder
+from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.data.ledger import Funnel, Outcome
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.storage import Folder
@@ -91,10 +91,18 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
 
 
 def _version(job: TrainJob) -> dict[str, Any]:
-    """The commit that a Hub id means now; paths are identified by their content."""
-    if job.model.path is None or "://" in job.model.path or os.path.exists(job.model.path):
-        return {}
-    return {"revision": local_model_folder(job.model.reference()).revision}
+    """The commits that Hub ids mean now; paths are identified by their content."""
+    version: dict[str, Any] = {}
+    if _on_hub(job.model.path):
+        version["revision"] = local_model_folder(job.model.reference()).revision
+    if _on_hub(job.model.adapter):
+        assert job.model.adapter is not None
+        version["adapter_revision"] = resolve(job.model.adapter, kind="adapter").revision
+    return version
+
+
+def _on_hub(path: str | None) -> bool:
+    return path is not None and "://" not in path and not os.path.exists(path)
 
 
 def _make_room(job: TrainJob, engines: EngineHost, progress: Progress) -> None:
@@ -175,9 +183,18 @@ def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
 
 
 def fit(
-    job: TrainJob, prepared: "PreparedData", stage_dir: str, on_progress: OnProgress | None = None
+    job: TrainJob,
+    prepared: "PreparedData",
+    stage_dir: str,
+    on_progress: OnProgress | None = None,
+    *,
+    stop_at: int | None = None,
 ) -> "TrainOutcome":
     """Train under Ray Train to the end, through worker failures, and export; continues where an earlier call stopped.
+
+    Args:
+        stop_at: Pause once so many steps are done (`itune_ray.train.loop.train_rank`); a pause that was reached
+            before is found again.
 
     Raises:
         ITuneError: What a worker raised on purpose, unchanged.
@@ -186,17 +203,25 @@ def fit(
     import ray.train
     import ray.train.torch
 
-    from itune_ray.train.outcome import read_outcome
+    from itune_ray.train.outcome import pause_folder, read_outcome
 
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     stage = Folder.at(stage_dir)
-    if (finished := read_outcome(stage_dir)) is not None:
+    out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
+    if (finished := read_outcome(out)) is not None:
         return finished
     board: Any = ray.remote(_Board).options(num_cpus=0).remote()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"job": job.model_dump_json(), "prepared": prepared, "stage_dir": stage.uri, "board": board},
+        train_loop_config={
+            "job": job.model_dump_json(),
+            "prepared": prepared,
+            "stage_dir": stage.uri,
+            "stop_at": stop_at,
+            "out": out,
+            "board": board,
+        },
         scaling_config=_scaling(job),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if job.workers.gpus_each else "gloo", timeout_s=job.workers.collective_timeout_s
@@ -216,9 +241,9 @@ def fit(
     finally:
         ray.kill(board)
     (stage / "ray-train").delete()
-    outcome = read_outcome(stage_dir)
+    outcome = read_outcome(out)
     if outcome is None:
-        raise TrainError("the workers ended without an outcome", got=stage_dir)
+        raise TrainError("the workers ended without an outcome", got=out)
     return outcome
 
 
@@ -319,10 +344,11 @@ def _worker(config: dict[str, Any]) -> None:
             config["prepared"],
             config["stage_dir"],
             on_progress=lambda step, total, row: board.put.remote(step, total, row),
+            stop_at=config["stop_at"],
         )
     except ITuneError as error:
         ray.get(board.fail.remote(error))
         dist.destroy_process_group()
         return
     if ray.train.get_context().get_world_rank() == 0:
-        write_outcome(outcome, config["stage_dir"])
+        write_outcome(outcome, config["out"])
