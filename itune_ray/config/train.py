@@ -100,7 +100,22 @@ class SftConfig(Schema):
     are always supervised whole."""
 
 
-ObjectiveConfig = Annotated[SftConfig, Field(discriminator="type")]
+class DpoConfig(Schema):
+    """Direct preference optimisation (survey eq. 12; Rafailov et al. 2023): -log σ(β(Δw - Δl)) over pairs, Δ the
+    log-probability of an answer minus what it was before the first step."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+
+    type: Literal["dpo"] = "dpo"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to its reference: larger moves less."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs assumed to be labelled the wrong way round (Mitchell 2023)."""
+    nll: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answers' negative log-likelihood per token, which keeps them likely (Pang et al. 2024)."""
+
+
+ObjectiveConfig = Annotated[SftConfig | DpoConfig, Field(discriminator="type")]
 
 
 class AdamwConfig(Schema):
@@ -178,6 +193,15 @@ class CheckpointConfig(Schema):
     keep: Positive = 2
 
 
+class ValidationConfig(Schema):
+    """Held-out rows, scored by the objective without training on them; writes validation.jsonl."""
+
+    data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    """Each row is scored once, whatever weight it has."""
+    every_steps: Positive | None = None
+    """Score so often; the start and the end are always scored."""
+
+
 class TrainJob(Job):
     """Tune a model on a weighted union of rows; writes checkpoint/, model/ and, for adapters, adapter/."""
 
@@ -203,13 +227,14 @@ class TrainJob(Job):
     batch: Positive = 64
     """Documents (chats or texts) per optimizer step, over all workers."""
     max_length: Positive = 2048
-    """Longest document in tokens; a longer one is quarantined with reason `too_long`."""
+    """Longest chat or text in tokens; a longer one is quarantined with reason `too_long`."""
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None
-    """Tokens of one packed row; default: `max_length`."""
+    """Tokens of one packed row; default: `max_length`, twice that for pairs."""
     micro_batch: Positive = 8
     """Packed rows of one forward pass per worker; accumulation follows from it and cannot move the loss."""
+    validation: ValidationConfig | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     gradient_checkpointing: bool = False
     workers: TrainWorkers = TrainWorkers()
@@ -219,14 +244,20 @@ class TrainJob(Job):
     @property
     def pack_capacity(self) -> int:
         """Tokens of one packed row."""
-        return self.pack_length or self.max_length
+        return self.pack_length or self.longest_document
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document: a chat or text, or a pair of chats that is never split."""
+        return self.max_length * (2 if self.objective.rows == "pairs" else 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainJob":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
-        if self.pack_length is not None and self.pack_length < self.max_length:
-            raise ValueError(f"pack_length {self.pack_length} must be at least max_length {self.max_length}")
+        if self.pack_length is not None and self.pack_length < self.longest_document:
+            needed = "max_length" if self.longest_document == self.max_length else "twice max_length, for a pair,"
+            raise ValueError(f"pack_length {self.pack_length} must be at least {needed} {self.longest_document}")
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         return self

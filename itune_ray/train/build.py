@@ -66,11 +66,11 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
     model, empty = _base_model(job, folder, tokenizer, strategy, world)
     _check_vocabulary(model, tokenizer)
-    if job.packing and not can_pack(model):
+    if (job.packing or job.objective.rows == "pairs") and not can_pack(model):
         raise TrainError(
-            "packing isolates documents in attention layers only, and this model has others",
+            "one row holds several chats, which only attention layers keep apart, and this model has others",
             got=model.config.model_type,
-            allowed="packing=false",
+            allowed="packing=false, and no pairs",
             knob="packing",
         )
     install_fused_head(model)

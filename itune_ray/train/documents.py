@@ -8,13 +8,13 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
 
-from itune_ray.config.train import ObjectiveConfig, TrainJob
-from itune_ray.data.chat import ChatRenderer, UnusableRow
+from itune_ray.config.train import ObjectiveConfig, SftConfig, TrainJob
+from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import Record
 
@@ -36,6 +36,8 @@ class Documents(Protocol):
 
     schema: pa.Schema
     """`DOCUMENT_SCHEMA` and the columns that the objective needs."""
+    wanted: str
+    """What a row must hold, for the message when none does."""
 
     def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
         """One document; raises `DocumentError` for a row that becomes none."""
@@ -46,24 +48,55 @@ class Answers:
     """A chat or text as one segment, its answers supervised."""
 
     schema = DOCUMENT_SCHEMA
+    wanted = "at least one row with an answer within max_length"
 
     def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
         """See `Documents.document`."""
-        try:
-            ids, supervised = renderer.record_ids(record, job.objective.supervise)
-        except UnusableRow as error:
-            raise DocumentError(error.reason, str(error)) from None
+        assert isinstance(job.objective, SftConfig)
+        ids, supervised = rendered(record, renderer, job.objective.supervise)
         check_length(len(ids), job)
         return {"input_ids": ids, "supervised": supervised, "lengths": [len(ids)]}
 
 
-DOCUMENTS: dict[str, Documents] = {"answers": Answers()}
+class Pairs:
+    """One chat with the better answer, and the same chat with the worse one; only those two answers are supervised.
+
+    Reasons: `no_pair` (a text, or nothing it was preferred to), `equal_answers` (the same tokens), `too_long` (either).
+    """
+
+    schema = DOCUMENT_SCHEMA
+    wanted = "at least one row with a chosen and another, rejected answer, each within max_length"
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        if record.rejected is None or record.text is not None:
+            raise DocumentError("no_pair")
+        answer = {"role": "assistant", "content": record.rejected}
+        other = replace(record, messages=(*record.prompt, answer))
+        chosen, rejected = (rendered(chat, renderer, "last_assistant") for chat in (record, other))
+        if chosen.input_ids == rejected.input_ids:
+            raise DocumentError("equal_answers", record.rejected)
+        lengths = [len(chosen.input_ids), len(rejected.input_ids)]
+        check_length(max(lengths), job)
+        ids, supervised = chosen.input_ids + rejected.input_ids, chosen.supervised + rejected.supervised
+        return {"input_ids": ids, "supervised": supervised, "lengths": lengths}
+
+
+DOCUMENTS: dict[str, Documents] = {"answers": Answers(), "pairs": Pairs()}
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 
 
 def documents_of(objective: ObjectiveConfig) -> Documents:
     """How rows become documents of this objective."""
     return DOCUMENTS[objective.rows]
+
+
+def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Rendered:
+    """Token ids of a row and its supervised flags; raises `DocumentError` where the renderer cannot tell them."""
+    try:
+        return renderer.record_ids(record, supervise)
+    except UnusableRow as error:
+        raise DocumentError(error.reason, str(error)) from None
 
 
 def check_length(tokens: int, job: TrainJob) -> None:

@@ -106,9 +106,9 @@ def write_prepared(
     stage.write_table("rejected/part-0.parquet", pa.Table.from_pylist(rejected, schema=LEDGER_SCHEMA))
     if not documents.num_rows:
         raise TrainError(
-            "no row is left to train on: no supervised token in any",
+            f"no row is left to train on{_all_of_one(counts)}",
             got=counts or "no rows at all",
-            allowed="at least one row with an answer within max_length",
+            allowed=documents_of(job.objective).wanted,
             knob="data",
         )
     folder = stage / "order"
@@ -125,6 +125,11 @@ def write_prepared(
         steps=job.steps,
     )
     return PreparedData(folder.uri, plan, documents.num_rows, counts)
+
+
+def _all_of_one(rejected: dict[str, int]) -> str:
+    (reason, *others) = rejected or [""]
+    return f": every one is rejected as {reason}" if reason and not others else ""
 
 
 def prepare_locally(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from itune_ray.data.batches import Batch, Masking, model_inputs
+from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.objectives.base import Loss, Objective
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
@@ -73,10 +74,13 @@ class Stepper:
         totals = self.world.sum([counts[name] for name in names])
         return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
 
-    def _forward(self, batch: Batch) -> Loss:
+    def scores(self, batch: Batch) -> TokenScores:
+        """One forward pass of a micro-batch on this rank's device."""
         inputs = model_inputs(batch, self.masking, self.dtype)
-        scores = self.model(**inputs, labels=batch.labels, token_scores=True)
-        return self.objective(scores, batch)
+        return self.model(**inputs, labels=batch.labels, token_scores=True)
+
+    def _forward(self, batch: Batch) -> Loss:
+        return self.objective(self.scores(batch), batch)
 
     def _scaled(self, loss: Loss, units: dict[str, float]) -> torch.Tensor:
         terms = [c * loss.terms[term] / units[term] for term, c in self.objective.coefficients.items()]

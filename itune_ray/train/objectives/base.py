@@ -20,6 +20,8 @@ class Metric(NamedTuple):
 
     total: Tensor
     unit: str
+    proportion: bool = False
+    """Whether it counts units, so that held-out rows give it an interval; one metric of an objective at most."""
 
 
 @dataclass(frozen=True)
