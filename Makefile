@@ -25,7 +25,7 @@ quickstart: $(READY)  ## prompts -> teacher -> curated rows -> tuned student -> 
 	$(BIN)/itune pipeline jobs/pipeline/quickstart.yaml
 
 test: $(READY_DEV)  ## everything but the soak tests, on real Ray, vLLM and processes
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
 
 fast: $(READY_DEV)  ## the inner loop
 	$(BIN)/python -m pytest -m "not real and not soak" -n 2

@@ -15,6 +15,19 @@ TEST_DATA = Path(os.environ.get("ITUNE_TEST_DATA", Path(__file__).parents[2] / "
 """Public data and models used by some tests; they skip where it is absent."""
 
 
+LONGEST_FIRST = ("pipeline/test_loop.py", "test_submit.py")
+"""Modules that take minutes: started last, one of them would run on alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests run module by module on two processes: the longest modules first."""
+
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(LONGEST_FIRST) if str(item.path).endswith(name)), len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
 def public_data(path: str) -> Path:
     """A file or folder of the test data; skips the test where it is absent."""
     found = TEST_DATA / path

@@ -61,7 +61,7 @@ def cluster():
     children = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
     head.wait(60)
-    for child in psutil.wait_procs(children, timeout=20)[1]:
+    for child in psutil.wait_procs(children, timeout=5)[1]:
         child.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
