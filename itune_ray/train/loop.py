@@ -4,6 +4,7 @@ The order of documents is read from disk, learning rate and randomness are funct
 in the checkpoint, so that stopping anywhere and starting again, on any number of ranks, continues the same run.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,7 +24,7 @@ from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
-from itune_ray.train.optimizer import Optimizers, build_optimizers
+from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.schedule import lr_factor
@@ -80,7 +81,8 @@ def train_rank(
     tokenizer = load_renderer(job.model).tokenizer
     strategy = build_strategy(job.strategy, world, job.precision)
     built = build_model(job, tokenizer, strategy, world)
-    optimizers = build_optimizers(built.model, job.optimizer)
+    model, optimizers = strategy.optimise(built.model, job.optimizer)
+    built = dataclasses.replace(built, model=model)
     stepper = Stepper(
         built.model,
         build_objective(job.objective),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from itune_ray.config.train import OptimizerConfig
 from itune_ray.model.merge import whole
 from itune_ray.train.optimizer import Optimizers
 
@@ -23,6 +24,10 @@ class Strategy(Protocol):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Place the model: wrap or shard it in the one order that works, then give meta parameters memory."""
+        ...
+
+    def optimise(self, model: nn.Module, config: OptimizerConfig) -> tuple[nn.Module, Optimizers]:
+        """Optimizers over the trained parameters, once the weights are in place, and the model to call from then on."""
         ...
 
     def forward_context(self, last: bool) -> AbstractContextManager[Any]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from itune_ray.config.train import DdpConfig
+from itune_ray.config.train import DdpConfig, OptimizerConfig
 from itune_ray.model.load import parameters_on_meta
-from itune_ray.train.optimizer import Optimizers
+from itune_ray.train.optimizer import Optimizers, build_optimizers
 from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
 from itune_ray.train.world import World
 
@@ -34,6 +34,9 @@ class Ddp:
             model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
         self._model = model
         return model
+
+    def optimise(self, model: nn.Module, config: OptimizerConfig) -> tuple[nn.Module, Optimizers]:
+        return model, build_optimizers(model, config)
 
     @contextlib.contextmanager
     def forward_context(self, last: bool) -> Any:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from itune_ray.config.train import Fsdp2Config
+from itune_ray.config.train import Fsdp2Config, OptimizerConfig
 from itune_ray.model.load import parameters_on_meta
-from itune_ray.train.optimizer import Optimizers
+from itune_ray.train.optimizer import Optimizers, build_optimizers
 from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
 from itune_ray.train.world import World, ensure_process_group
 
@@ -45,6 +45,9 @@ class Fsdp2:
         self._root = fully_shard(model, mp_policy=self._policy)
         materialise(model, self._world.device)
         return model
+
+    def optimise(self, model: nn.Module, config: OptimizerConfig) -> tuple[nn.Module, Optimizers]:
+        return model, build_optimizers(model, config)
 
     @contextlib.contextmanager
     def forward_context(self, last: bool) -> Iterator[None]:
