@@ -3,6 +3,7 @@
 The cluster has its own ports and folder, and is stopped by its own pid.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head on ports of its own; yields the address of its job server."""
+    """A head on ports of its own; yields the address of its job server and its process."""
     folder = tempfile.mkdtemp(prefix="ir", dir="/tmp")
     dashboard = free_port()
     command = [
@@ -57,29 +58,29 @@ def cluster():
         [str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     address = f"http://127.0.0.1:{dashboard}"
-    yield address
+    yield address, head.pid
     children = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
-    head.wait(60)
-    for child in psutil.wait_procs(children, timeout=5)[1]:
+    for child in psutil.wait_procs(children, timeout=3)[1]:  # the head itself gives them half a minute
         child.kill()
+    head.wait(60)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def ready(cluster, tmp_path_factory):
-    """The cluster once it answers, and an output root."""
+    """The job server's address once it answers, and an output root."""
     import time
 
     deadline = time.monotonic() + 90
     while True:
         try:
-            with urllib.request.urlopen(f"{cluster}/api/version", timeout=2):
+            with urllib.request.urlopen(f"{cluster[0]}/api/version", timeout=2):
                 break
         except OSError:
             assert time.monotonic() < deadline, "the cluster did not come up"
             time.sleep(0.25)
-    return cluster, tmp_path_factory.mktemp("shared")
+    return cluster[0], tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="module")
@@ -171,27 +172,28 @@ def test_no_job_server_at_the_address_is_one_line(project):
     assert len(seen.strip().splitlines()) == 1
 
 
-def engines() -> list[int]:
-    """Processes of engine replicas on this machine."""
-    found = []
-    for process in psutil.process_iter(["pid", "name", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-        if title.startswith("ray::Replica"):
-            found.append(process.info["pid"])
+def engines(head: int) -> set[int]:
+    """Processes of engine replicas below a cluster's head."""
+    found: set[int] = set()
+    for process in psutil.Process(head).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline() or [process.name()]).startswith("ray::Replica"):
+                found.add(process.pid)
     return found
 
 
-def test_a_stopped_job_leaves_no_engine_behind(ready, project, wait_until):
-    from ray.job_submission import JobSubmissionClient
-
+def test_a_stopped_job_leaves_no_engine_behind(ready, cluster, project, wait_until):
     address, output = ready
-    before = set(engines())
+    assert not engines(cluster[1]), "those of finished jobs are gone"
     command = [sys.executable, "-m", "itune_ray", "submit", "generate", "long.yaml", f"output={output}", "--no-wait"]
     status, seen = shell([*command, "--address", address], project)
     assert status == 0, seen
     submission = seen.strip().splitlines()[-1].split()[1]
     ledger = output / "long"
     wait_until(lambda: any(ledger.glob("generate-*/ledger/commit-*.parquet")), "generation is under way", every=0.2)
-    assert set(engines()) - before, "an engine runs while the job does"
-    JobSubmissionClient(address).stop_job(submission)
-    wait_until(lambda: not set(engines()) - before, "the engines are gone", timeout=60, every=0.2)
+    running = engines(cluster[1])
+    assert running, "an engine runs while the job does"
+    status, seen = shell([str(RAY), "job", "stop", f"--address={address}", submission], project)
+    assert status == 0, seen
+    wait_until(lambda: not any(map(psutil.pid_exists, running)), "the engines are gone", timeout=60, every=0.2)
+    assert not engines(cluster[1])
