@@ -169,7 +169,23 @@ class Fsdp2Config(Schema):
     """Free gathered weights after each forward: less memory, one more all-gather (ZeRO-3 against ZeRO-2)."""
 
 
-StrategyConfig = Annotated[DdpConfig | Fsdp2Config, Field(discriminator="type")]
+class DeepspeedConfig(Schema):
+    """DeepSpeed's ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights cut into equal runs."""
+
+    type: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[1, 2, 3] = 3
+    """What is sharded: optimizer state and fp32 master weights (1), gradients too (2), weights too (3)."""
+    persist_below: Annotated[int, Field(ge=0)] | None = None
+    """Stage 3 keeps weights of at most so many elements gathered on every rank; default: 100,000."""
+
+    @model_validator(mode="after")
+    def _weights_are_sharded(self) -> "DeepspeedConfig":
+        if self.persist_below is not None and self.stage != 3:
+            raise ValueError(f"persist_below is for stage 3, and stage {self.stage} never shards weights: leave it out")
+        return self
+
+
+StrategyConfig = Annotated[DdpConfig | Fsdp2Config | DeepspeedConfig, Field(discriminator="type")]
 
 
 class TrainWorkers(Schema):

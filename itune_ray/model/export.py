@@ -18,8 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.data.storage import Folder
-from itune_ray.model.merge import merged_tensors, stored_tensors, whole
+from itune_ray.model.merge import merged_tensors, stored_tensors
 from itune_ray.model.peft import ADAPTER
+from itune_ray.model.sharding import full_shape, whole
 
 SHARD_BYTES = 4 * 2**30
 
@@ -55,7 +56,7 @@ def write_model(
     """Write the merged model in `dtype` with its config, tokenizer and chat template. Collective; rank 0 writes."""
     plain = plain_model(model)
     tensors: Iterator[tuple[str, Tensor]] = merged_tensors(model, dtype)
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in stored_tensors(model)}
+    sizes = {name: full_shape(tensor).numel() * dtype.itemsize for name, tensor in stored_tensors(model)}
     if _renames_on_save(plain):  # families whose experts transformers fuses in memory: undone on the whole
         gathered = revert_weight_conversion(plain, dict(tensors))
         tensors, sizes = iter(gathered.items()), {n: t.numel() * dtype.itemsize for n, t in gathered.items()}

@@ -8,15 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from itune_ray.model.peft import ADAPTER, base_name, lora_layers
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on CPU; collective when it is sharded."""
-    detached: Any = tensor.detach()
-    return (detached.full_tensor() if isinstance(tensor, DTensor) else detached).cpu()
+from itune_ray.model.sharding import whole
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from itune_ray.data.hub import weight_files
 from itune_ray.errors import ModelError
 from itune_ray.model.peft import base_name, initial_adapter, saved_name
+from itune_ray.model.sharding import full_shape, held
 
 _Slices = tuple[slice, ...]
 
@@ -41,7 +40,9 @@ def fill_from_folder(model: nn.Module, folder: str, *, seed: int) -> None:
                 whole = _read_rows(index, table, ids)
                 _copy(parameter, lambda slices, w=whole: w[slices])
             else:
-                start = initial_adapter(name, tuple(parameter.shape), seed, fallback=torch.zeros(parameter.shape))
+                shape = full_shape(parameter)
+                plain = name.removeprefix("module.")  # DDP's; a start must not depend on the number of ranks
+                start = initial_adapter(plain, tuple(shape), seed, fallback=torch.zeros(shape))
                 _copy(parameter, lambda slices, w=start: w[slices])
 
 
@@ -56,15 +57,8 @@ def fill_from_adapter(model: nn.Module, folder: str) -> None:
 
 
 def _copy(parameter: Tensor, read: Any) -> None:
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        if 0 not in shape:
-            slices = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-            parameter.to_local().copy_(read(slices))
-    else:
-        parameter.copy_(read(tuple(slice(0, size) for size in parameter.shape)))
+    for offsets, local in held(parameter):
+        local.copy_(read(tuple(slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True))))
 
 
 def _index(folder: str) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from itune_ray.config.train import AdamwConfig, MuonConfig, OptimizerConfig
 from itune_ray.errors import TrainError
+from itune_ray.model.sharding import full_shape
 
 
 class Optimizers:
@@ -48,7 +49,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
 def _adamw(parameters: Iterable[nn.Parameter], config: AdamwConfig) -> torch.optim.Optimizer:
     """Weight decay acts on matrices only: pulling norms and biases to zero has no meaning."""
     chosen = list(parameters)
-    matrices, vectors = [p for p in chosen if p.ndim >= 2], [p for p in chosen if p.ndim < 2]
+    matrices = [p for p in chosen if len(full_shape(p)) >= 2]
+    vectors = [p for p in chosen if len(full_shape(p)) < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],

@@ -10,6 +10,7 @@ from itune_ray.train.world import World
 STRATEGIES = {
     "ddp": "itune_ray.train.strategies.ddp:Ddp",
     "fsdp2": "itune_ray.train.strategies.fsdp2:Fsdp2",
+    "deepspeed": "itune_ray.train.strategies.deepspeed:Deepspeed",
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from itune_ray.config.train import OptimizerConfig
-from itune_ray.model.merge import whole
+from itune_ray.model.sharding import whole
 from itune_ray.train.optimizer import Optimizers
 
 
@@ -52,14 +52,14 @@ class Strategy(Protocol):
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give meta parameters (uninitialised) memory and move the real buffers, whose values no checkpoint holds.
+    """Give meta parameters and buffers (uninitialised) memory and move the real buffers, whose values no checkpoint
+    holds.
 
     `to_empty` makes every module a parameter of its own, so tied weights are tied again afterwards.
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
+            module._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
     if any(p.is_meta for p in model.parameters()):
         buffers = {id(module): dict(module._buffers) for module in model.modules()}
         places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -71,7 +71,7 @@ def materialise(model: nn.Module, device: torch.device) -> None:
             for module, name in others:
                 module._parameters[name] = first._parameters[first_name]
         for module in model.modules():
-            module._buffers.update({k: b for k, b in buffers[id(module)].items() if b is None or not b.is_meta})
+            module._buffers.update(buffers[id(module)])
 
 
 def torch_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
