@@ -66,6 +66,10 @@ class TrainError(ITuneError):
     """Training cannot start or go on."""
 
 
+class CompressError(ITuneError):
+    """A model cannot be made smaller as asked."""
+
+
 class EvalError(ITuneError):
     """An evaluation cannot be run or scored."""
 

@@ -32,6 +32,11 @@ JOBS = {
         "itune_ray.train.run:run",
         "tune a model on rows with Ray Train (full or LoRA; ddp or fsdp2)",
     ),
+    "compress": JobType(
+        "itune_ray.config.compress:CompressJob",
+        "itune_ray.compress.run:run",
+        "prune a model's heads and channels to a smaller ordinary model",
+    ),
     "evaluate": JobType(
         "itune_ray.config.evaluate:EvaluateJob",
         "itune_ray.evaluate.run:run",

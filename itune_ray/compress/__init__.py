@@ -1,0 +1,1 @@
+"""Smaller models that transformers and vLLM open without custom code."""
