@@ -60,8 +60,13 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """Head and channel counts by the config."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    """Head and channel counts by the model's config."""
+    return config_shape(model.config)
+
+
+def config_shape(whole: Any) -> Shape:
+    """Head and channel counts by a transformers config, without weights."""
+    config = whole.get_text_config()
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -32,7 +32,7 @@ def run(job: CompressJob, runs: RunStore, stage: str, engines: EngineHost, progr
     Raises:
         CompressError: The method cannot be applied to this model, or no calibration row can be used.
     """
-    artifact = runs.artifact(stage, "compress", job, {"compress": VERSION, **_revision(job)})
+    artifact = runs.artifact(stage, "compress", job, version(job))
     if artifact.complete:
         return artifact
     records = [record for source in job.calibration.data for record in read_source(source).records]
@@ -52,11 +52,11 @@ def run(job: CompressJob, runs: RunStore, stage: str, engines: EngineHost, progr
     return artifact
 
 
-def _revision(job: CompressJob) -> dict[str, Any]:
-    """The commit that a Hub id means now; paths are identified by their content."""
+def version(job: CompressJob) -> dict[str, Any]:
+    """What else decides the content: the method's version, and the commit that a Hub id means now."""
     if "://" in job.model.path or os.path.exists(job.model.path):
-        return {}
-    return {"revision": local_model_folder(job.model).revision}
+        return {"compress": VERSION}
+    return {"compress": VERSION, "revision": local_model_folder(job.model).revision}
 
 
 def _pruned(

@@ -86,12 +86,26 @@ class RunStore:
         Args:
             version: What else decides the content: versions of recipes, filters and benchmarks, prompt templates.
         """
-        identity = {"job": job_type, "version": dict(version or {}), **content_identity(job.identity())}
+        identity = _identity(job_type, job, version)
         artifact = Artifact(stage, digest(identity), self.folder / f"{stage}-{digest(identity)}", job_type)
         if not artifact.complete:
             artifact.begin(job, identity)
         self.opened.append(artifact)
         return artifact
+
+    def find(self, job_type: str, job: Job, version: Mapping[str, Any] | None = None) -> Artifact | None:
+        """The finished artifact of an equal job, whatever stage of the run made it."""
+        wanted = digest(_identity(job_type, job, version))
+        for name in self.folder.names():
+            stage, _, id_ = name.rpartition("-")
+            artifact = Artifact(stage, id_, self.folder / name, job_type)
+            if id_ == wanted and artifact.complete:
+                return artifact
+        return None
+
+
+def _identity(job_type: str, job: Job, version: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"job": job_type, "version": dict(version or {}), **content_identity(job.identity())}
 
 
 def open_artifact(uri: str) -> Artifact:

@@ -3,13 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.errors import EvalError
 from itune_ray.evaluate.ask import Answer
 
 MAX_ATTEMPTS = 3
@@ -89,6 +91,17 @@ def is_settled(row: Mapping[str, Any]) -> bool:
     """Whether a ledger row needs no engine any more."""
     retryable = json.loads(row["meta"])["retryable"]
     return row["status"] == "accepted" or not retryable or row["attempts"] >= MAX_ATTEMPTS
+
+
+def check_answered(model: str, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `EvalError` when none of a model's answers to a benchmark came: there is nothing to score."""
+    causes = Counter(row["failure"] for row in rows)
+    if None not in causes:
+        cause, count = causes.most_common(1)[0]
+        raise EvalError(
+            f"model {model} answered none of the {len(rows)} items of {benchmark}: {cause} ({count} times)",
+            knob="models.N.engine, sampling.max_tokens",
+        )
 
 
 def answers_table(ledger: pa.Table) -> pa.Table:

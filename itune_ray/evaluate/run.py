@@ -15,7 +15,7 @@ from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
 from itune_ray.engine.pool import EngineHost, Pool, pool_key
 from itune_ray.errors import EvalError
 from itune_ray.evaluate.actor import SHARD, AskerArguments, EvalActors
-from itune_ray.evaluate.answers import answers_table, is_settled, outcome_of
+from itune_ray.evaluate.answers import answers_table, check_answered, is_settled, outcome_of
 from itune_ray.evaluate.ask import Asked, Question
 from itune_ray.evaluate.score import score_benchmark
 from itune_ray.observe.progress import Progress
@@ -170,7 +170,7 @@ def _publish(
         scores[model.name] = {}
         for measure in measures:
             answered = rows[model.name, measure.name]
-            _check_answered(model.name, measure.name, answered)
+            check_answered(model.name, measure.name, answered)
             scores[model.name] |= score_benchmark(
                 measure, items[measure.name], answered, job.bootstrap, job.seed, _settings(job, measure)
             )
@@ -191,16 +191,6 @@ def _publish(
 def _settings(job: EvaluateJob, measure: Benchmark) -> dict[str, Any]:
     """What of the job a reader must know; scored documents are not sampled."""
     return {"job_seed": job.seed} | ({} if measure.wants_texts else {"sampling": job.sampling.model_dump(mode="json")})
-
-
-def _check_answered(model: str, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    causes = Counter(row["failure"] for row in rows)
-    if None not in causes:
-        cause, count = causes.most_common(1)[0]
-        raise EvalError(
-            f"model {model} answered none of the {len(rows)} items of {benchmark}: {cause} ({count} times)",
-            knob="models.N.engine, sampling.max_tokens",
-        )
 
 
 def _funnel(job: EvaluateJob, measures: Sequence[Benchmark], ledger: Ledger) -> Funnel:

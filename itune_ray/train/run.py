@@ -62,7 +62,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         TrainError: No row is left to train on, or the workers failed for good.
         ClusterError: The cluster cannot hold the workers.
     """
-    artifact = runs.artifact(stage, "train", job, _version(job))
+    artifact = runs.artifact(stage, "train", job, version(job))
     if artifact.complete:
         return artifact
     cluster.connect(job.run.ray, progress.say)
@@ -90,15 +90,15 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     return artifact
 
 
-def _version(job: TrainJob) -> dict[str, Any]:
+def version(job: TrainJob) -> dict[str, Any]:
     """The commits that Hub ids mean now; paths are identified by their content."""
-    version: dict[str, Any] = {}
+    commits: dict[str, Any] = {}
     if _on_hub(job.model.path):
-        version["revision"] = local_model_folder(job.model.reference()).revision
+        commits["revision"] = local_model_folder(job.model.reference()).revision
     if _on_hub(job.model.adapter):
         assert job.model.adapter is not None
-        version["adapter_revision"] = resolve(job.model.adapter, kind="adapter").revision
-    return version
+        commits["adapter_revision"] = resolve(job.model.adapter, kind="adapter").revision
+    return commits
 
 
 def _on_hub(path: str | None) -> bool:
