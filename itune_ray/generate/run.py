@@ -6,21 +6,28 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow as pa
 
 from itune_ray import cluster
 from itune_ray.config.generate import GenerateJob
+from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
-from itune_ray.data.ledger import Funnel, Ledger, Outcome
+from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publish_table
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
+from itune_ray.engine.base import Llm
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost, Pool
+from itune_ray.engine.pool import EngineHost, Pool, pool_key
 from itune_ray.errors import GenerationError, ITuneError
-from itune_ray.generate.drive import Tally, check_conserved, check_keys, drive, pending_of, quarantine
+from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe, recipe_identity
+from itune_ray.generate.recipes.propose import Propose
+from itune_ray.generate.rounds import SelfInstruct
 from itune_ray.generate.worker import RecipeWorker, unpack
 from itune_ray.observe.progress import Progress
 
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 
 SEED_STAGE = "generate"
 """Seeds name the kind of stage, not the step of a pipeline: equal artifacts have equal rows."""
+TEACHER = "teacher"
+"""The job's own model among those a recipe asks."""
 
 
 def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
@@ -44,25 +53,37 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     if artifact.complete:
         return artifact
     records, quarantined = _read(job, progress)
+    feed = _Feed(job, engines, progress)
+    if isinstance(recipe, Propose):
+        _run_rounds(job, artifact, records, quarantined, feed, progress)
+        return artifact
     ledger = Ledger(artifact.folder / "ledger")
     quarantine(ledger, quarantined, job.max_attempts)
-    feed = _Feed(job, recipe, engines, progress)
-    if pending_of(records, ledger, job.max_attempts):
-        feed.connect()
     with progress.task(stage, len(records)) as task:
         tally = drive(
             records,
             ledger,
-            feed.stream,
+            feed.stream_of(recipe, job.sampling),
             commit=job.commit,
             max_attempts=job.max_attempts,
             on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
-    funnel = ledger.publish(artifact.folder)
-    _check_made_something(funnel, ledger)
-    _finish(artifact, funnel, ledger, tally, feed)
+    _finish(artifact, ledger.table(), tally, feed)
     return artifact
+
+
+def _run_rounds(
+    job: GenerateJob,
+    artifact: Artifact,
+    seeds: Sequence[Record],
+    quarantined: Sequence[Outcome],
+    feed: "_Feed",
+    progress: Progress,
+) -> None:
+    loop = SelfInstruct(job, seeds, artifact.folder / "ledger", feed.stream_of, progress)
+    rows = [outcome.to_row() for outcome in [*quarantined, *loop.run()]]
+    _finish(artifact, pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), loop.tally, feed, rounds=loop.facts())
 
 
 def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outcome]]:
@@ -77,28 +98,47 @@ def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outc
 
 
 class _Feed:
-    """Inputs into the pool, outcomes out of it."""
+    """Inputs into the pools, outcomes out of them."""
 
-    def __init__(self, job: GenerateJob, recipe: Recipe, engines: EngineHost, progress: Progress):
-        self._job, self._recipe, self._engines, self._progress = job, recipe, engines, progress
-        self._starts, self._requests = engines.starts, 0
-        self._pool: Pool | None = None
+    def __init__(self, job: GenerateJob, engines: EngineHost, progress: Progress):
+        self._job, self._engines, self._progress = job, engines, progress
+        self._starts = engines.starts
+        self._pools: dict[str, Pool] = {}
+        self._asked_before = 0
 
-    def connect(self) -> None:
-        """Start or join Ray and the engines; called only when there is an input to feed."""
+    def stream_of(self, recipe: Recipe, sampling: SamplingConfig) -> Stream:
+        """Outcomes of whole inputs under a recipe, as they end; engines start with the first input."""
+
+        def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+            self._connect()
+            seed = self._job.seed
+            asked = self._models()
+            clients = {
+                name: pool.client.llm(sampling_of(sampling), seed, SEED_STAGE, asked[name].model.adapter)
+                for name, pool in self._pools.items()
+            }
+            others = {name: llm for name, llm in clients.items() if name != TEACHER}
+            bound = cast(Any, recipe).bind(others) if others else recipe
+            return _stream(self._job, bound, clients[TEACHER], pending)
+
+        return stream
+
+    def _models(self) -> dict[str, ServedModel]:
+        return {TEACHER: self._job.teacher, **self._job.recipe.served()}
+
+    def _connect(self) -> None:
+        """Start or join Ray and the engines, once."""
+        if self._pools:
+            return
         cluster.connect(self._job.run.ray, self._progress.say)
-        _require_workers(self._job, self._engines)
+        _require_workers(self._job, list(self._models().values()), self._engines)
         started = time.monotonic()
-        self._pool = self._engines.pool(self._job.teacher)
-        self._requests = self._pool.requests
+        self._pools = {name: self._engines.pool(served) for name, served in self._models().items()}
+        self._asked_before = sum(pool.requests for pool in self._pools.values())
         if self.engine_starts:
+            names = ", ".join(pool.model for pool in self._pools.values())
             seconds = time.monotonic() - started
-            self._progress.say(f"engines: {self.engine_starts} of {self._pool.model} ready in {seconds:.1f} s")
-
-    def stream(self, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
-        """Outcomes of whole inputs, as they end."""
-        assert self._pool is not None, "connect comes first"
-        return _stream(self._job, self._recipe, self._pool, pending)
+            self._progress.say(f"engines: {self.engine_starts} of {names} ready in {seconds:.1f} s")
 
     @property
     def engine_starts(self) -> int:
@@ -108,27 +148,28 @@ class _Feed:
     @property
     def requests(self) -> int:
         """Requests of this stage that reached an engine, counted there."""
-        return 0 if self._pool is None else max(0, self._pool.requests - self._requests)
+        return max(0, sum(pool.requests for pool in self._pools.values()) - self._asked_before)
 
 
-def _require_workers(job: GenerateJob, engines: EngineHost) -> None:
+def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: EngineHost) -> None:
     """Engines and workers hold their CPUs together; Ray Data would wait for a missing one in silence."""
-    workers, pool = job.workers, job.teacher.pool
-    held = engines.held_with(job.teacher)
+    workers, held = job.workers, Counter(engines.held)
+    for served in {pool_key(model): model for model in models}.values():
+        held.update(Counter(engines.held_with(served)) - Counter(engines.held))
+    replicas = sum(model.pool.replicas for model in models)
     cluster.require(
         {**held, "CPU": held.get("CPU", 0.0) + workers.num * workers.cpus_each},
-        f"{pool.replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
+        f"{replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
         "workers.num, workers.cpus_each, teacher.pool.cpus_each or run.ray.num_cpus",
     )
 
 
-def _stream(job: GenerateJob, recipe: Recipe, pool: Pool, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
 
     workers = job.workers
-    llm = pool.client.llm(sampling_of(job.sampling), job.seed, SEED_STAGE, job.teacher.model.adapter)
     with DataContext.current(_quiet(DataContext.get_current().copy())):
         size = workers.rows_per_block
         blocks = [records_table(pending[start : start + size]) for start in range(0, len(pending), size)]
@@ -176,12 +217,12 @@ def _cause(error: BaseException) -> ITuneError:
     return GenerationError(f"a recipe worker failed: {str(error).strip().splitlines()[-1]}")
 
 
-def _check_made_something(funnel: Funnel, ledger: Ledger) -> None:
+def _check_made_something(funnel: Funnel, table: pa.Table) -> None:
     """An empty table would fail a later stage, with a worse message."""
     if funnel.accepted or not funnel.rows_in:
         return
     why, count = max({**funnel.rejected, **funnel.failed}.items(), key=lambda item: item[1])
-    rows = ledger.table().select(["reason", "cause", "raw"]).to_pylist()
+    rows = table.select(["reason", "cause", "raw"]).to_pylist()
     words = next((row["raw"] for row in rows if why in (row["reason"], row["cause"])), None)
     raise GenerationError(
         f"no row was made: {sum(funnel.rejected.values())} rejected, {sum(funnel.failed.values())} failed, "
@@ -190,9 +231,11 @@ def _check_made_something(funnel: Funnel, ledger: Ledger) -> None:
     )
 
 
-def _finish(artifact: Artifact, funnel: Funnel, ledger: Ledger, tally: Tally, feed: _Feed) -> None:
-    tokens = ledger.table().select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
-    prompts = {row["input_key"]: row["num_prompt_tokens"] or 0 for row in tokens}
+def _finish(artifact: Artifact, table: pa.Table, tally: Tally, feed: _Feed, **facts: Any) -> None:
+    funnel = publish_table(table, artifact.folder)
+    _check_made_something(funnel, table)
+    tokens = table.select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
+    prompts = {row["input_key"]: row["num_prompt_tokens"] or 0 for row in reversed(tokens)}
     artifact.finish(
         funnel=funnel.to_json(),
         rows=funnel.accepted,
@@ -200,4 +243,5 @@ def _finish(artifact: Artifact, funnel: Funnel, ledger: Ledger, tally: Tally, fe
         requests=feed.requests,
         engine_starts=feed.engine_starts,
         driven=tally.inputs,
+        **facts,
     )

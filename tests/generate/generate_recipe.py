@@ -3,6 +3,11 @@
 from itune_ray.data.ledger import Outcome
 
 
+def first_digit(prompt: str, answer: str, meta: dict) -> float:
+    """A grader: the fake engine's answers open with a hash."""
+    return int(answer[0], 16) / 15
+
+
 class Echo:
     """Says a word back; raises on request."""
 

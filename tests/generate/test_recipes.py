@@ -4,6 +4,7 @@ import asyncio
 from typing import get_args
 
 import pytest
+from pydantic import TypeAdapter
 
 from itune_ray.config.generate import CustomRecipeConfig, RecipeConfig, RespondConfig
 from itune_ray.config.shared import FakeEngineConfig
@@ -32,9 +33,10 @@ def test_registry_equals_the_union():
 
 
 def test_every_recipe_provides_what_it_says():
+    settings = {"preference": {"scorer": {"type": "grader", "grader": "generate_recipe:first_digit"}}}
     for name in RECIPES:
-        recipe = load_recipe(RespondConfig(type=name))
-        llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling())
+        recipe = load_recipe(TypeAdapter(RecipeConfig).validate_python({"type": name, **settings.get(name, {})}))
+        llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0))
         (outcome,) = asyncio.run(recipe(prompt(), llm))
         assert outcome.status == "accepted"
         for field in recipe.provides:

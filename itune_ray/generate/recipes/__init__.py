@@ -8,6 +8,8 @@ from itune_ray.generate.recipes.base import Recipe
 
 RECIPES = {
     "respond": "itune_ray.generate.recipes.respond:Respond",
+    "preference": "itune_ray.generate.recipes.preference:Preference",
+    "self_instruct": "itune_ray.generate.recipes.propose:Propose",
 }
 """Recipe type -> class, built with its config."""
 

@@ -28,8 +28,16 @@ class Respond:
     """
 
     version = 1
-    requires = ("messages",)
-    provides = ("messages", "model", "sampling", "seed", "finish_reason", "num_prompt_tokens", "num_tokens")
+    requires: tuple[str, ...] = ("messages",)
+    provides: tuple[str, ...] = (
+        "messages",
+        "model",
+        "sampling",
+        "seed",
+        "finish_reason",
+        "num_prompt_tokens",
+        "num_tokens",
+    )
 
     def __init__(self, config: RespondConfig):
         self._config = config
