@@ -69,6 +69,7 @@ class SelfInstruct:
         self._pool: list[Tokens] = [tokens_of(text) for _, text in self._seeds]
         self.made: list[Record] = []
         """Accepted instructions so far."""
+        self._scores: dict[str, float] = {}
         self.rounds: list[Round] = []
         self.tally = Tally()
 
@@ -88,6 +89,7 @@ class SelfInstruct:
         outcomes = settled(ledger)
         fresh, ended = self._committed(outcomes, number)
         self.made += [outcome.record for outcome in fresh]
+        self._scores |= {outcome.record.key: outcome.score for outcome in fresh}
         self._pool += [tokens_of(_text(outcome.record)) for outcome in fresh]
         scores = [outcome.score for outcome in fresh]
         self.rounds.append(
@@ -153,7 +155,10 @@ class SelfInstruct:
         inputs = [dataclasses.replace(r, num_prompt_tokens=None, num_tokens=None) for r in self.made]
         self._drive(inputs, ledger, Respond(RespondConfig()), self._config.answer, "answer")
         check_conserved(ledger, len(inputs), 0, 1)
-        return [_inspired(outcome, made[outcome.input_key]) for outcome in settled(ledger)]
+        return [
+            dataclasses.replace(_inspired(outcome, made[outcome.input_key]), score=self._scores[outcome.input_key])
+            for outcome in settled(ledger)
+        ]
 
     def _drive(
         self, inputs: Sequence[Record], ledger: Ledger, recipe: Recipe, sampling: SamplingConfig, name: str
