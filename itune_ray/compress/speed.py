@@ -21,10 +21,13 @@ class Client(Protocol):
 def compare_speed(clients: Mapping[str, Client], records: Sequence[Record], tokens: int, rounds: int) -> dict[str, Any]:
     """Median generated tokens per second by name, after one round that is not counted.
 
+    Every answer has the full length: where a damaged model answers at greater length, the tail of a few long answers
+    would otherwise make it look slow.
+
     Args:
         clients: Name -> client, e.g. before and after.
         records: Rows whose prompts are answered greedily.
-        tokens: Longest answer.
+        tokens: Length of each answer.
         rounds: Rounds that count.
     """
     rates: dict[str, list[float]] = {name: [] for name in clients}
@@ -38,7 +41,7 @@ def compare_speed(clients: Mapping[str, Client], records: Sequence[Record], toke
 
 
 async def _rate(client: Client, records: Sequence[Record], tokens: int, stage: str) -> float:
-    sampling = Sampling(temperature=0.0, max_tokens=tokens)
+    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_end=True)
     requests = [Request(id=f"{stage}/{r.key}", sampling=sampling, messages=tuple(r.prompt)) for r in records]
     started = time.perf_counter()
     completions = await client.generate(requests)

@@ -22,6 +22,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     max_tokens: int = 512
+    ignore_end: bool = False
+    """Write on past end-of-text up to `max_tokens`, so that every model does equal work (for measuring speeds)."""
     stop: tuple[str, ...] = ()
     n: int = 1
     """Samples of the same prompt; all are returned."""

@@ -215,6 +215,7 @@ def sampling_params(sampling: Sampling) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
+        ignore_eos=sampling.ignore_end,
         stop=list(sampling.stop),
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
