@@ -1,0 +1,59 @@
+"""[Ray] What a sweep holds of a cluster: engines, eval actors and trials, all at the same time."""
+
+from collections import defaultdict
+from typing import Any
+
+import ray
+from ray import tune
+
+from itune_ray.cluster import require
+from itune_ray.config.sweep import SweepJob
+from itune_ray.config.train import TrainWorkers
+from itune_ray.engine.pool import EngineHost, resources_of
+from itune_ray.observe.progress import Progress
+from itune_ray.sweep.shapes import Shapes
+
+WAITING_CPUS = 0.1
+"""Of a trial whose training runs on workers of its own. Ray Train under Tune hangs where CPUs are counted exactly."""
+
+
+def trial_resources(workers: TrainWorkers) -> Any:
+    """What a trial's own process holds: a worker's share where it trains itself, little where it only waits."""
+    each = {"CPU": WAITING_CPUS} if workers.num > 1 else _each(workers)
+    return tune.PlacementGroupFactory([each or {"CPU": WAITING_CPUS}])
+
+
+def make_room(job: SweepJob, shapes: Shapes, engines: EngineHost, progress: Progress) -> None:
+    """Refuse what the cluster can never hold together; give back engines of earlier stages that are in the way.
+
+    Raises:
+        ClusterError: Not even an empty cluster has room.
+    """
+    needed = _held(job, shapes)
+    require(
+        needed,
+        f"a sweep of {len(shapes.served)} engine pools, {job.evaluate.workers.num} eval actors and "
+        f"{job.max_concurrent} trials at once",
+        "max_concurrent, train.workers.cpus_each, evaluate.pool.cpus_each or run.ray.num_cpus",
+    )
+    total = ray.cluster_resources()
+    if any(needed[name] + held > total.get(name, 0.0) for name, held in engines.held.items()):
+        progress.say("engines are given back: the cluster cannot hold them and the sweep together")
+        engines.close()
+
+
+def _held(job: SweepJob, shapes: Shapes) -> dict[str, float]:
+    workers, scorers = job.train.workers, job.evaluate.workers
+    held: dict[str, float] = defaultdict(float)
+    held["CPU"] = scorers.num * scorers.cpus_each + (WAITING_CPUS * job.max_concurrent if workers.num > 1 else 0.0)
+    for name, amount in _each(workers).items():
+        held[name] += amount * workers.num * job.max_concurrent
+    for served in shapes.served.values():
+        for name, amount in resources_of(served).items():
+            held[name] += amount
+    return held
+
+
+def _each(workers: TrainWorkers) -> dict[str, float]:
+    each = {"CPU": workers.cpus_each, "GPU": workers.gpus_each, **workers.resources_each}
+    return {name: amount for name, amount in each.items() if amount > 0}
