@@ -42,6 +42,11 @@ JOBS = {
         "itune_ray.evaluate.run:run",
         "score models on benchmarks with intervals, every answer stored",
     ),
+    "sweep": JobType(
+        "itune_ray.config.sweep:SweepJob",
+        "itune_ray.sweep.run:run",
+        "try combinations of settings: compress, train an adapter, score it; stop the weak ones early",
+    ),
     "report": JobType(
         "itune_ray.config.report:ReportJob",
         "itune_ray.report.run:run",
