@@ -2,10 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
-from itune_ray.config.shared import Fraction, Job, Positive, SamplingConfig, ServedModel, Source
+from itune_ray.config.shared import (
+    Fraction,
+    Job,
+    Positive,
+    SamplingConfig,
+    ServedModel,
+    Source,
+    VllmEngineConfig,
+)
 
 
 class RecipeBase(Schema):
@@ -67,6 +75,15 @@ class PreferenceConfig(RecipeBase):
         return {"judge": self.scorer.judge} if isinstance(self.scorer, JudgeScorer) else {}
 
 
+class TeacherTopkConfig(RecipeBase):
+    """A teacher's next-token distributions over given answers, cut to the likeliest k, for objective `kd` (survey
+    eq. 3, methods D05)."""
+
+    type: Literal["teacher_topk"] = "teacher_topk"
+    k: Positive = 20
+    """Tokens kept per position; at most `engine.max_logprobs`."""
+
+
 ANSWERS = SamplingConfig(temperature=0.7, top_p=0.95, max_tokens=1024)
 
 
@@ -125,7 +142,8 @@ class CustomRecipeConfig(RecipeBase):
 
 
 RecipeConfig = Annotated[
-    RespondConfig | PreferenceConfig | SelfInstructConfig | CustomRecipeConfig, Field(discriminator="type")
+    RespondConfig | PreferenceConfig | SelfInstructConfig | TeacherTopkConfig | CustomRecipeConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -160,3 +178,14 @@ class GenerateJob(Job):
     """Times a failed row is driven before it stays failed."""
     workers: RecipeWorkers = RecipeWorkers()
     commit: CommitConfig = CommitConfig()
+
+    @model_validator(mode="after")
+    def _enough_logprobs(self) -> "GenerateJob":
+        recipe, engine = self.recipe, self.teacher.engine
+        if not isinstance(recipe, TeacherTopkConfig) or not isinstance(engine, VllmEngineConfig):
+            return self
+        if recipe.k > engine.max_logprobs:
+            raise ValueError(
+                f"recipe.k {recipe.k} is more than the engine gives: set teacher.engine.max_logprobs={recipe.k}"
+            )
+        return self

@@ -115,7 +115,20 @@ class DpoConfig(Schema):
     """Weight of the chosen answers' negative log-likelihood per token, which keeps them likely (Pang et al. 2024)."""
 
 
-ObjectiveConfig = Annotated[SftConfig | DpoConfig, Field(discriminator="type")]
+class KdConfig(Schema):
+    """Knowledge distillation (survey eq. 3): KL(P_teacher || P_student) per supervised token over the teacher's stored
+    k likeliest tokens and one bucket for all others, at T = 1: of a flatter teacher the k hold next to nothing."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "distributions"
+
+    type: Literal["kd"] = "kd"
+    k: Positive = 20
+    """Tokens of the teacher's that are used; rows must hold at least so many."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Weight of the divergence; the rest goes to the negative log-likelihood of the answer itself."""
+
+
+ObjectiveConfig = Annotated[SftConfig | DpoConfig | KdConfig, Field(discriminator="type")]
 
 
 class AdamwConfig(Schema):

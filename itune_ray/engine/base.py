@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from itune_ray.config.shared import ModelRef
 from itune_ray.data.records import Message
 from itune_ray.errors import GenerationError
 
@@ -105,6 +106,11 @@ class Llm(Protocol):
         """The job's sampling."""
         ...
 
+    @property
+    def ref(self) -> ModelRef:
+        """The model itself, for callers that must render as it does."""
+        ...
+
     def seed(self, key: str) -> int:
         """Seed of the call of that name; sample i of it draws from seed + i."""
         ...
@@ -119,5 +125,15 @@ class Llm(Protocol):
             key: Names the call within the job, e.g. the row key; decides the seed, so that a retry draws the same.
             sampling: Default: the job's.
             n: Samples to draw; overrides the sampling's.
+        """
+        ...
+
+    async def score(self, token_ids: Sequence[int], *, key: str, top: int) -> Completion:
+        """Log-probabilities of the given tokens, each under those before it.
+
+        Args:
+            token_ids: The prompt, rendered.
+            key: Names the call within the job.
+            top: Likeliest tokens listed at each position beside the given one.
         """
         ...

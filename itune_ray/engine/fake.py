@@ -48,7 +48,9 @@ class FakeEngine:
             id=request.id,
             samples=tuple(self._sample(request, prompt, index) for index in range(request.sampling.n)),
             prompt_token_ids=tuple(_token(word) for word in words),
-            prompt_logprobs=None if request.sampling.prompt_logprobs is None else _prompt_logprobs(words),
+            prompt_logprobs=None
+            if request.sampling.prompt_logprobs is None
+            else _prompt_logprobs(words, request.sampling.prompt_logprobs),
         )
 
     def _fault(self, request: Request, prompt: str) -> tuple[str | None, bool]:
@@ -106,6 +108,8 @@ def _token(word: str) -> int:
     return _hash("token", word) % 32_000
 
 
-def _prompt_logprobs(words: Sequence[str]) -> tuple[dict[int, float] | None, ...]:
+def _prompt_logprobs(words: Sequence[str], top: int) -> tuple[dict[int, float] | None, ...]:
+    """The given token's, and those of `top` likelier ones."""
     tokens = [_token(word) for word in words]
-    return (None, *({token: -_draw("logprob", token)} for token in tokens[1:]))
+    likelier = {32_000 + rank: -1.0 - rank for rank in range(top)}
+    return (None, *({**likelier, token: -_draw("logprob", token) - top} for token in tokens[1:]))

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from itune_ray.config.base import digest
-from itune_ray.config.shared import SamplingConfig
+from itune_ray.config.shared import ModelRef, SamplingConfig
 from itune_ray.data.records import Message, row_seed
 from itune_ray.engine.base import Completion, Engine, Request, Sampling
+from itune_ray.errors import ConfigError
 
 
 def sampling_of(config: SamplingConfig) -> Sampling:
@@ -34,6 +35,7 @@ class EngineLlm:
         seed: The run's seed.
         stage: First part of every request id, and of the seeds.
         adapter: LoRA adapter folder to answer with.
+        ref: The model, for callers that must render as it does.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class EngineLlm:
         seed: int = 0,
         stage: str = "",
         adapter: str | None = None,
+        ref: ModelRef | None = None,
     ):
         self._engine, self._seed, self._stage, self._adapter = engine, seed, stage, adapter
-        self._model, self._sampling = model, sampling
+        self._model, self._sampling, self._ref = model, sampling, ref
 
     @property
     def model(self) -> str:
@@ -58,6 +61,13 @@ class EngineLlm:
     def sampling(self) -> Sampling:
         """The job's sampling."""
         return self._sampling
+
+    @property
+    def ref(self) -> ModelRef:
+        """The model itself."""
+        if self._ref is None:
+            raise ConfigError("this model was given without its reference", got=self._model)
+        return self._ref
 
     def seed(self, key: str) -> int:
         """63-bit seed of the call of that name."""
@@ -72,7 +82,14 @@ class EngineLlm:
         (completion,) = await self._engine.generate([self._named(request, key)])
         return completion
 
+    async def score(self, token_ids: Sequence[int], *, key: str, top: int) -> Completion:
+        """Log-probabilities of every prompt token; see `itune_ray.engine.base.Llm`."""
+        sampling = Sampling(max_tokens=1, prompt_logprobs=top)
+        request = Request(id="", sampling=sampling, token_ids=tuple(token_ids), adapter=self._adapter)
+        (completion,) = await self._engine.generate([self._named(request, key)])
+        return completion
+
     def _named(self, request: Request, key: str) -> Request:
         """The id holds a digest of the work, so that two calls that reuse a key by mistake never share an answer."""
-        work = digest([request.messages, dataclasses.asdict(request.sampling), request.adapter])
+        work = digest([request.messages, request.token_ids, dataclasses.asdict(request.sampling), request.adapter])
         return dataclasses.replace(request, id=f"{self._stage}/{key}/{work}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from itune_ray import cluster
 from itune_ray.config.base import digest
-from itune_ray.config.shared import PoolConfig, ServedModel, VllmEngineConfig
+from itune_ray.config.shared import ModelRef, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.data.fingerprint import content_identity
 from itune_ray.engine.base import Completion, EngineDiedError, Request, Sampling
 from itune_ray.engine.llm import EngineLlm
@@ -36,10 +36,11 @@ class PoolClient:
         replicas: Handles of the replicas.
         config: The pool's bounds and deadlines.
         model: What they serve, as `path@revision`.
+        ref: The model itself.
     """
 
-    def __init__(self, replicas: Sequence[ActorHandle], config: PoolConfig, model: str):
-        self._replicas, self._config, self.model = list(replicas), config, model
+    def __init__(self, replicas: Sequence[ActorHandle], config: PoolConfig, model: str, ref: ModelRef | None = None):
+        self._replicas, self._config, self.model, self._ref = list(replicas), config, model, ref
         self._routes: tuple[asyncio.AbstractEventLoop, Router] | None = None
         self._reviving: dict[int, asyncio.Task[None]] = {}
         self._dead: set[int] = set()
@@ -73,7 +74,8 @@ class PoolClient:
             adapter: LoRA adapter folder to answer with.
         """
         model = f"{self.model}+{adapter}" if adapter else self.model
-        return EngineLlm(self, model=model, sampling=sampling, seed=seed, stage=stage, adapter=adapter)
+        ref = self._ref
+        return EngineLlm(self, model=model, sampling=sampling, seed=seed, stage=stage, adapter=adapter, ref=ref)
 
     async def _complete(self, request: Request) -> Completion:
         router, deaths = self._router(), 0
@@ -180,7 +182,7 @@ class Pool:
     @property
     def client(self) -> PoolClient:
         """A sender of its own for each who asks."""
-        return PoolClient(self.replicas, self.served.pool, self.model)
+        return PoolClient(self.replicas, self.served.pool, self.model, self.served.model)
 
     @property
     def requests(self) -> int:

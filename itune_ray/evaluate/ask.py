@@ -14,6 +14,7 @@ from itune_ray.data.records import row_seed
 from itune_ray.engine.base import Completion, Request, Sampling
 from itune_ray.engine.llm import sampling_of
 from itune_ray.errors import EvalError
+from itune_ray.model.render import model_renderer
 
 
 class Client(Protocol):
@@ -166,15 +167,6 @@ def supervised_logprobs(rendered: Rendered, completion: Completion) -> tuple[flo
     if any(math.isnan(value) for value in values):
         raise EvalError("the engine left out the log-probability of a prompt token")
     return tuple(values)
-
-
-def model_renderer(ref: ModelRef) -> ChatRenderer:
-    """The renderer of a model by its tokenizer and chat template, as the engine renders."""
-    from itune_ray.data.hub import resolve
-    from itune_ray.model.load import load_tokenizer
-
-    folder = resolve(ref.tokenizer or ref.path, revision=None if ref.tokenizer else ref.revision, kind="tokenizer")
-    return ChatRenderer(load_tokenizer(folder.path, ref.trust_remote_code), ref.chat_template)
 
 
 def _named(request: Request, question: Question) -> Request:

@@ -7,9 +7,14 @@ positions that have a target are scored, in chunks; the backward pass recomputes
 With hidden states h [N, H], head W [V, H], z = h Wᵀ:
     log p_n = z[n, y_n] - lse(z_n)            d log p_n / dz = onehot(y_n) - p
     entropy_n = lse(z_n) - Σ_v p_v z_v        d entropy_n / dz_v = -p_v (log p_v + entropy_n)
+and, for distillation, at K given tokens and for all others together:
+    at_nk = z[n, i_nk] - lse(z_n)             d at_nk / dz = onehot(i_nk) - p
+    tail_n = lse(z_n over v not in i_n) - lse(z_n)
+                                              d tail_n / dz_v = [v not in i_n] p_v / exp(tail_n) - p_v
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -31,6 +36,10 @@ class TokenScores(NamedTuple):
     """[N] fp32, nats, differentiable."""
     entropy: Tensor
     """[N] fp32, nats, of the predictive distribution, differentiable."""
+    at: Tensor | None = None
+    """[N, K] fp32 log-probabilities of the tokens that `score_ids` named, differentiable."""
+    tail: Tensor | None = None
+    """[N] fp32 log of the probability of all other tokens, differentiable; no difference of near ones is taken."""
 
 
 class LogitTransform(NamedTuple):
@@ -56,6 +65,8 @@ IDENTITY = LogitTransform()
 def install_fused_head(model: nn.Module) -> None:
     """Let `model(..., labels=labels, token_scores=True)` return `TokenScores`; without the flag nothing changes.
 
+    `score_ids` [N, K] asks for the log-probabilities of K distinct tokens at each of the N supervised positions too.
+
     Install it before PEFT wraps the model, and the model before it is sharded. The head and the backbone are looked
     up at each call, since both wrap them in place.
     """
@@ -64,7 +75,14 @@ def install_fused_head(model: nn.Module) -> None:
 
     # The signature stays, since generate() checks its arguments against it.
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, token_scores: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        token_scores: bool = False,
+        labels: Tensor | None = None,
+        score_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not token_scores:
             return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
         if labels is None:
@@ -72,34 +90,48 @@ def install_fused_head(model: nn.Module) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         wanted = targets != -100
-        return score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform)
+        return score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform, score_ids)
 
     model.forward = MethodType(forward, model)
 
 
-def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform = IDENTITY) -> TokenScores:
-    """Scores of targets [N] given hidden states [N, H] and the language-model head."""
+def score_tokens(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    transform: LogitTransform = IDENTITY,
+    ids: Tensor | None = None,
+) -> TokenScores:
+    """Scores of targets [N], and of ids [N, K], given hidden states [N, H] and the language-model head."""
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        log_probs, entropy = _ChunkedScores.apply(hidden, head.weight, targets, transform)
-        return TokenScores(log_probs, entropy)
-    return _score_by_module(hidden, targets, head, transform)
+        return TokenScores(*_ChunkedScores.apply(hidden, head.weight, targets, transform, ids))
+    return _score_by_module(hidden, targets, head, transform, ids)
 
 
-def _score_by_module(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> TokenScores:
+def _score_by_module(
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, ids: Tensor | None
+) -> TokenScores:
     """Heads that are more than a matrix (adapters, trainable token rows, a bias): each chunk under checkpointing."""
 
-    def chunk_scores(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_scores(hidden: Tensor, targets: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
         log_p = transform(head(hidden).float()).log_softmax(-1)
-        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        scores = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        return scores if ids is None else (*scores, log_p.gather(-1, ids), _others(log_p, ids).logsumexp(-1))
 
     rows = _rows_per_chunk(_num_words(head))
+    ids_of_chunks = itertools.repeat(None) if ids is None else ids.split(rows)
     chunks = [
-        checkpoint(chunk_scores, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+        checkpoint(chunk_scores, h, y, i, use_reentrant=False)
+        for h, y, i in zip(hidden.split(rows), targets.split(rows), ids_of_chunks, strict=False)
     ]
-    return TokenScores(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
+    return TokenScores(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _others(scores: Tensor, ids: Tensor) -> Tensor:
+    """Scores [N, V] with those of ids [N, K] taken out of every sum."""
+    return scores.scatter(-1, ids, float("-inf"))
 
 
 class _ChunkedScores(torch.autograd.Function):
@@ -107,25 +139,32 @@ class _ChunkedScores(torch.autograd.Function):
     to bf16 biases training)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform, ids: Tensor | None
+    ) -> Any:
         cast = weight.to(hidden.dtype)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        at = None if ids is None else log_probs.new_empty(ids.shape)
+        tail = None if ids is None else torch.empty_like(log_probs)
         for rows in _chunks(len(hidden), weight.shape[0]):
             z = transform((hidden[rows] @ cast.T).float())
             lse[rows] = z.logsumexp(-1)
             log_probs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            if ids is not None and at is not None and tail is not None:
+                at[rows] = z.gather(-1, ids[rows]) - lse[rows, None]
+                tail[rows] = _others(z, ids[rows]).logsumexp(-1) - lse[rows]
             p = (z - lse[rows, None]).exp_()
             entropy[rows] = lse[rows] - (p.mul_(z)).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids, tail)
         ctx.transform = transform
         ctx.set_materialize_grads(False)
-        return log_probs, entropy
+        return log_probs, entropy, at, tail
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_log_probs, grad_entropy = grads
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        grad_log_probs, grad_entropy, grad_at, grad_tail = grads
+        hidden, weight, targets, lse, entropy, ids, tail = ctx.saved_tensors
         cast = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -138,12 +177,18 @@ class _ChunkedScores(torch.autograd.Function):
                 grad.scatter_add_(-1, targets[rows, None], grad_log_probs[rows, None])
             if grad_entropy is not None:
                 grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
+            if grad_at is not None:
+                grad -= p * grad_at[rows].sum(-1, keepdim=True)
+                grad.scatter_add_(-1, ids[rows], grad_at[rows])
+            if grad_tail is not None:
+                share = (_others(log_p, ids[rows]) - tail[rows, None]).exp().nan_to_num(0.0)  # no others: none
+                grad += grad_tail[rows, None] * (share - p)
             grad = ctx.transform.backward(grad, z).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ cast
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(num_rows: int, num_words: int) -> list[slice]:

@@ -11,13 +11,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
-from itune_ray.config.train import ObjectiveConfig, SftConfig, TrainJob
+from itune_ray.config.train import KdConfig, ObjectiveConfig, SftConfig, TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import Record
+from itune_ray.errors import TrainError
 
+TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
+"""Columns of `distributions`: k values per supervised token, flat."""
 Document = dict[str, Any]
 """The columns of `Documents.schema` but `key` and `weight`."""
 
@@ -82,7 +86,52 @@ class Pairs:
         return {"input_ids": ids, "supervised": supervised, "lengths": lengths}
 
 
-DOCUMENTS: dict[str, Documents] = {"answers": Answers(), "pairs": Pairs()}
+class Distributions:
+    """One chat with a teacher's k likeliest tokens at each supervised position.
+
+    Reasons: `no_teacher` (nothing was captured), `teacher_k` (fewer tokens than the objective uses),
+    `template_mismatch` (the student renders the chat otherwise), `too_long`. A teacher of another vocabulary ends the
+    job: none of its ids would mean what the student takes them for.
+    """
+
+    schema = pa.schema(
+        [*DOCUMENT_SCHEMA, (TEACHER_IDS, pa.list_(pa.int32())), (TEACHER_LOG_PROBS, pa.list_(pa.float32()))]
+    )
+    wanted = "at least one row with a teacher's top-k over its answer (generate, recipe teacher_topk)"
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        assert isinstance(job.objective, KdConfig)
+        teacher, k = record.teacher, job.objective.k
+        if teacher is None:
+            raise DocumentError("no_teacher")
+        if teacher.tokenizer != renderer.vocabulary_hash:
+            raise TrainError(
+                "the teacher has another tokenizer than the student",
+                got=f"vocabulary {teacher.tokenizer} in row {record.key}",
+                allowed=f"vocabulary {renderer.vocabulary_hash}; else distil its answers with objective.type=sft",
+                knob="data",
+            )
+        if teacher.k < k:
+            raise DocumentError("teacher_k", f"{teacher.k} tokens stored, objective.k {k}", float(teacher.k))
+        ids, supervised = rendered(record, renderer, "assistant")
+        wanted = tuple(i for i, flag in enumerate(supervised) if flag and i > 0)
+        if (tuple(ids), wanted) != (teacher.input_ids, teacher.positions):
+            raise DocumentError("template_mismatch")
+        check_length(len(ids), job)
+        shape = (len(wanted), teacher.k)
+        top = np.frombuffer(teacher.ids, "<i4").reshape(shape)[:, :k]
+        log_probs = np.frombuffer(teacher.log_probs, "<f2").astype(np.float32).reshape(shape)[:, :k]
+        return {
+            "input_ids": ids,
+            "supervised": supervised,
+            "lengths": [len(ids)],
+            TEACHER_IDS: top.flatten(),
+            TEACHER_LOG_PROBS: log_probs.flatten(),
+        }
+
+
+DOCUMENTS: dict[str, Documents] = {"answers": Answers(), "pairs": Pairs(), "distributions": Distributions()}
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 
 

@@ -77,7 +77,7 @@ class Stepper:
     def scores(self, batch: Batch) -> TokenScores:
         """One forward pass of a micro-batch on this rank's device."""
         inputs = model_inputs(batch, self.masking, self.dtype)
-        return self.model(**inputs, labels=batch.labels, token_scores=True)
+        return self.model(**inputs, labels=batch.labels, token_scores=True, **self.objective.head_inputs(batch))
 
     def _forward(self, batch: Batch) -> Loss:
         return self.objective(self.scores(batch), batch)

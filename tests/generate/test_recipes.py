@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from itune_ray.config.generate import CustomRecipeConfig, RecipeConfig, RespondConfig
-from itune_ray.config.shared import FakeEngineConfig
+from itune_ray.config.shared import FakeEngineConfig, ModelRef
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.fake import CONTEXT, FakeEngine
@@ -15,6 +15,8 @@ from itune_ray.engine.llm import EngineLlm
 from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import RECIPES, load_recipe
 from itune_ray.generate.recipes.base import recipe_identity
+
+ANSWERED = ({"role": "user", "content": "reverse ate please"}, {"role": "assistant", "content": "eta"})
 
 
 def prompt(text: str = "Name a colour.", **fields) -> Record:
@@ -36,8 +38,10 @@ def test_every_recipe_provides_what_it_says():
     settings = {"preference": {"scorer": {"type": "grader", "grader": "generate_recipe:first_digit"}}}
     for name in RECIPES:
         recipe = load_recipe(TypeAdapter(RecipeConfig).validate_python({"type": name, **settings.get(name, {})}))
-        llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0))
-        (outcome,) = asyncio.run(recipe(prompt(), llm))
+        ref = ModelRef(path="playground://base")
+        llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0), ref=ref)
+        row = prompt(messages=ANSWERED) if name == "teacher_topk" else prompt()
+        (outcome,) = asyncio.run(recipe(row, llm))
         assert outcome.status == "accepted"
         for field in recipe.provides:
             assert getattr(outcome.record, field) not in (None, (), ""), f"{name} provides no {field}"

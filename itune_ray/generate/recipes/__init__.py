@@ -9,6 +9,7 @@ from itune_ray.generate.recipes.base import Recipe
 RECIPES = {
     "respond": "itune_ray.generate.recipes.respond:Respond",
     "preference": "itune_ray.generate.recipes.preference:Preference",
+    "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
 }
 """Recipe type -> class, built with its config."""

@@ -8,6 +8,7 @@ from itune_ray.train.objectives.base import Objective
 OBJECTIVES = {
     "sft": "itune_ray.train.objectives.sft:Sft",
     "dpo": "itune_ray.train.objectives.dpo:Dpo",
+    "kd": "itune_ray.train.objectives.kd:Kd",
 }
 
 

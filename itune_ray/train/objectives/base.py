@@ -44,6 +44,10 @@ class Objective(Protocol):
         """N_k of one micro-batch by term, without a forward pass."""
         ...
 
+    def head_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the fused head is asked beside the labels; see `install_fused_head`."""
+        ...
+
     def __call__(self, scores: TokenScores, batch: Batch) -> Loss:
         """Sums of one micro-batch."""
         ...

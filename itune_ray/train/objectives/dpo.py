@@ -43,6 +43,10 @@ class Dpo:
             pairs["nll"] = int((token_segments(batch) % 2 == 0).sum())
         return pairs
 
+    def head_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Nothing beside the labels."""
+        return {}
+
     def __call__(self, scores: TokenScores, batch: Batch) -> Loss:
         """Sums over the pairs of a micro-batch; segments alternate between chosen and rejected."""
         log_probs = segment_log_probs(scores, batch)

@@ -6,6 +6,8 @@ a micro-batch both sums are zero and stay connected to the graph.
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from itune_ray.config.train import SftConfig
 from itune_ray.data.batches import IGNORED, Batch
 from itune_ray.model.logprobs import TokenScores
@@ -23,6 +25,10 @@ class Sft:
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"nll": int((batch.labels[:, 1:] != IGNORED).sum())}
+
+    def head_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Nothing beside the labels."""
+        return {}
 
     def __call__(self, scores: TokenScores, batch: Batch) -> Loss:
         entropy = Metric(scores.entropy.detach().sum(), "nll")

@@ -1,0 +1,80 @@
+"""Captured distributions: against a forward pass of transformers through real vLLM, and rows that hold none."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from itune_ray.config.generate import GenerateJob, TeacherTopkConfig
+from itune_ray.config.shared import ModelRef, VllmEngineConfig
+from itune_ray.engine.base import Sampling
+from itune_ray.engine.fake import FakeEngine
+from itune_ray.engine.llm import EngineLlm
+from itune_ray.generate.recipes.teacher_topk import TeacherTopk, likeliest
+
+
+def capture(engine, ref, rows, k=5):
+    llm = EngineLlm(engine, model="teacher@1", sampling=Sampling(), ref=ref)
+    recipe = TeacherTopk(TeacherTopkConfig(k=k))
+
+    async def all_rows():
+        return [outcome for row in rows for outcome in await recipe(row, llm)]
+
+    return asyncio.run(all_rows())
+
+
+@pytest.mark.real
+def test_captured_log_probs_are_those_of_a_forward_pass(tmp_path):
+    from itune_ray.engine.vllm import VllmEngine
+
+    folder = tiny.llama(tmp_path / "teacher")
+    ref = ModelRef(path=str(folder), dtype="float32")
+    engine = VllmEngine(VllmEngineConfig(max_model_len=256), ref)
+    try:
+        outcomes = capture(engine, ref, tiny.chats(6))
+    finally:
+        engine.close()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for outcome in outcomes:
+        teacher = outcome.record.teacher
+        with torch.no_grad():
+            log_p = model(torch.tensor([teacher.input_ids])).logits[0].log_softmax(-1)
+        shape = (len(teacher.positions), teacher.k)
+        ids = np.frombuffer(teacher.ids, "<i4").reshape(shape)
+        stored = np.frombuffer(teacher.log_probs, "<f2").astype(np.float64).reshape(shape)
+        wanted = log_p[torch.tensor(teacher.positions) - 1].topk(teacher.k)
+        assert (ids == wanted.indices.numpy()).all()
+        assert np.abs(stored - wanted.values.numpy()).max() < 2**-10 * np.abs(stored).max(), "float16's own error"
+        assert outcome.score == pytest.approx(float(wanted.values.exp().sum(-1).mean()), abs=1e-5)
+
+
+def test_the_likeliest_k_and_never_fewer():
+    ids, log_probs = likeliest([{7: -3.0, 1: -0.5, 2: -1.0}, {3: -2.0, 9: -1.0, 4: -2.0}], 2)
+    assert ids.tolist() == [[1, 2], [9, 3]]
+    assert log_probs.tolist() == [[-0.5, -1.0], [-1.0, -2.0]]
+    with pytest.raises(ValueError, match="the engine gave 1 tokens per position, not 2"):
+        likeliest([{1: -0.1}], 2)
+
+
+def test_rows_without_an_answer_are_rejected_and_failures_are_kept_apart():
+    ref = ModelRef(path="playground://base")
+    rows = [tiny.chat("reverse ate please", ""), tiny.chat("reverse ate please", "eta", position=1)]
+    first, second = capture(FakeEngine(), ref, rows)
+    assert (first.status, first.reason) == ("rejected", "no_answer")
+    assert second.status == "accepted"
+    assert second.record.messages == rows[1].messages
+
+
+def test_more_tokens_than_the_engine_gives_is_one_line():
+    tree = {
+        "name": "k",
+        "prompts": [{"type": "playground", "split": "chat", "rows": 1}],
+        "teacher": {"model": {"path": "playground://teacher"}},
+        "recipe": {"type": "teacher_topk", "k": 50},
+    }
+    with pytest.raises(ValidationError, match=r"recipe.k 50 is more than the engine gives"):
+        GenerateJob.model_validate(tree)
