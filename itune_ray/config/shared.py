@@ -19,7 +19,7 @@ class FileSource(Schema):
     type: Literal["file"] = "file"
     path: str
     """A file, a folder of files, or a URI (s3://, gs://); in a pipeline also `step://NAME/PAYLOAD`."""
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
+    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
     """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
@@ -52,7 +52,7 @@ class HubSource(Schema):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
+    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
     name: str | None = None
     limit: Positive | None = None
 

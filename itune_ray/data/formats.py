@@ -6,6 +6,7 @@
 | messages | `messages`: [{role, content}, ...] (OpenAI) |
 | sharegpt | `conversations`: [{from, value}, ...] |
 | alpaca | `instruction` or `prompt`, `output` or `response` or `completion`; optional `input` or `context`, `system` |
+| preference | `chosen`, `rejected`; optional `prompt`, `system`: texts, "Human:/Assistant:" transcripts or messages |
 | prompt | `prompt` or `instruction` alone; optional `input` or `context`, `system` |
 | text | `text`, to be modelled whole |
 
@@ -22,9 +23,10 @@ from typing import Any, Literal
 from itune_ray.data.files import RawRow
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
+from itune_ray.data.transcripts import transcript_turns
 from itune_ray.errors import DataError
 
-Layout = Literal["records", "alpaca", "messages", "sharegpt", "prompt", "text"]
+Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"]
 Turn = tuple[Any, Any]
 """(role, content) before either was checked."""
 
@@ -62,6 +64,8 @@ def detect(columns: Iterable[str]) -> Layout:
     found = set(columns)
     if {"source", "position"} <= found and found & {"messages", "text"}:
         return "records"
+    if {"chosen", "rejected"} <= found:
+        return "preference"
     if "messages" in found:
         return "messages"
     if "conversations" in found:
@@ -73,7 +77,8 @@ def detect(columns: Iterable[str]) -> Layout:
     raise DataError(
         "no row layout fits these columns",
         got=", ".join(sorted(found)) or "no columns",
-        allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), prompt, text",
+        allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), "
+        "preference (chosen, rejected), prompt, text",
         knob="format",
     )
 
@@ -92,7 +97,7 @@ def parse(rows: Iterable[RawRow], source: str, layout: Layout) -> tuple[list[Rec
             records.append(_record(raw, source, layout))
         except BadRowError as bad:
             quarantined.append(quarantine(Record(source=source, position=raw.position), str(bad), _raw_text(raw)))
-    if layout in ("alpaca", "messages", "sharegpt") and any(r.response is not None for r in records):
+    if layout in ("alpaca", "messages", "sharegpt", "preference") and any(r.response is not None for r in records):
         quarantined += [quarantine(r, "no_answer", None) for r in records if r.response is None]
         records = [r for r in records if r.response is not None]
     return records, sorted(quarantined, key=lambda outcome: outcome.record.position)
@@ -151,6 +156,33 @@ def _from_alpaca(row: Mapping[str, Any]) -> Record:
     return _chat(turns, row, {*PROMPT, *CONTEXT, *ANSWER, "system"})
 
 
+def _from_preference(row: Mapping[str, Any]) -> Record:
+    """The chosen conversation as messages, the last turn of the other as `rejected`; both must share what comes before.
+
+    A conversation is `prompt` plus an answer, or whole in `chosen` and `rejected` themselves.
+    """
+    prompt = _conversation(row.get("prompt"), "user")
+    chosen, rejected = (_conversation(row.get(name), "assistant") for name in ("chosen", "rejected"))
+    if any(role == "user" for role, _ in chosen):
+        prompt = []
+    system = [("system", row["system"])] if row.get("system") else []
+    record = _chat(system + prompt + chosen, row, {"prompt", "chosen", "rejected", "system"})
+    if not rejected or rejected[-1][0] != "assistant" or not str(rejected[-1][1]).strip():
+        raise BadRowError("no_pair")
+    if rejected[:-1] != chosen[:-1]:
+        raise BadRowError("no_common_prompt")
+    if not isinstance(rejected[-1][1], str):
+        raise BadRowError("bad_row")
+    return replace(record, rejected=rejected[-1][1])
+
+
+def _conversation(value: Any, role: str) -> list[Turn]:
+    """Turns of messages or of a transcript; any other text is one turn of the given role."""
+    if isinstance(value, str):
+        return transcript_turns(value) or [(role, value)]
+    return [] if value is None else _listed({"turns": value}, "turns", "role", "content")
+
+
 def _from_prompt(row: Mapping[str, Any]) -> Record:
     return _chat(_prompt_turns(row), row, {*PROMPT, *CONTEXT, "system"})
 
@@ -169,6 +201,7 @@ _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
+    "preference": _from_preference,
     "prompt": _from_prompt,
     "text": _from_text,
 }

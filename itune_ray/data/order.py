@@ -212,13 +212,28 @@ class PackedTable:
         """
         total = self.num_rows(step)
         start, stop = total * rank // world, total * (rank + 1) // world
+        return sorted(self._stored(step, start, stop), key=lambda row: -len(row.input_ids))
+
+    def first_rows(self) -> Iterator[list[PackedRow]]:
+        """Step by step, longest first, the packed rows that hold a document for the first time."""
+        seen: set[str] = set()
+        for step in range(self.plan.steps):
+            rows = self._stored(step, 0, self.num_rows(step))
+            fresh = [row for row in rows if not seen.issuperset(row.keys)]
+            seen.update(key for row in fresh for key in row.keys)
+            if fresh:
+                yield sorted(fresh, key=lambda row: -len(row.input_ids))
+            if len(seen) == self.plan.documents:
+                return
+
+    def _stored(self, step: int, start: int, stop: int) -> list[PackedRow]:
+        """Packed rows `start` to `stop` of a step, as they were written."""
         if start == stop:
             return []
         first = int(self._steps["first_group"][step])
         groups = range(first + start // ROWS_PER_GROUP, first + (stop - 1) // ROWS_PER_GROUP + 1)
         table = self._file(str(self._steps["file"][step])).read_row_groups(list(groups), use_threads=False)
-        table = table.slice(start % ROWS_PER_GROUP, stop - start)
-        return sorted(_packed_rows(table), key=lambda row: -len(row.input_ids))
+        return list(_packed_rows(table.slice(start % ROWS_PER_GROUP, stop - start)))
 
     def _file(self, name: str) -> pq.ParquetFile:
         if self._open is None or self._open[0] != name:

@@ -10,6 +10,7 @@ import numpy as np
 
 from itune_ray.benchmarks.base import Benchmark, Item, Metric, Reply
 from itune_ray.config.evaluate import BootstrapConfig
+from itune_ray.data.intervals import wilson
 from itune_ray.data.records import row_seed
 from itune_ray.evaluate import stats
 
@@ -103,7 +104,7 @@ class _Draws:
         table = np.asarray(sums, dtype=np.float64)
         value = float(self.metric.value(table.sum(axis=0)))
         if self.metric.binary and (len(sums) < FEW_ITEMS or value in (0.0, 1.0)):
-            low, high = stats.wilson(float(table[:, 0].sum()), len(sums), self.config.level)
+            low, high = wilson(float(table[:, 0].sum()), len(sums), self.config.level)
             return Score(value=value, low=low, high=high, n=len(sums), interval="wilson")
         low, high = stats.bootstrap(
             table, self.metric.value, samples=self.config.samples, level=self.config.level, seed=self.seed

@@ -6,12 +6,13 @@ resampling of items serves them all, and no interval ever rests on a mean of mea
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from itune_ray.data.intervals import Interval
 
 Floats = NDArray[np.float64]
 Value = Callable[[Floats], Floats]
@@ -19,13 +20,6 @@ Value = Callable[[Floats], Floats]
 
 MAX_CELLS = 4_000_000
 """Resampled items held at once: 32 MB of indices, whatever N and B are."""
-
-
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 class Difference(NamedTuple):
@@ -69,19 +63,6 @@ def paired_bootstrap(
     both = np.concatenate([first, second], axis=1)
     point = float(difference(both.sum(axis=0)))
     return Difference(point, *bootstrap(both, difference, samples=samples, level=level, seed=seed))
-
-
-def wilson(right: float, asked: int, level: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927): honest for few items and at 0 and 1."""
-    if asked == 0:
-        return Interval(math.nan, math.nan)
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    share = right / asked
-    centre = share + z * z / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    scale = 1 + z * z / asked
-    # At 0 and 1 rounding can leave the share itself just outside.
-    return Interval(max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale)))
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

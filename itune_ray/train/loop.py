@@ -6,15 +6,16 @@ in the checkpoint, so that stopping anywhere and starting again, on any number o
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.train import TrainJob
-from itune_ray.data.batches import Batch, collate
-from itune_ray.data.order import PackedTable
+from itune_ray.data.batches import Batch
+from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
@@ -22,14 +23,19 @@ from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.forward import micro_batches
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
+from itune_ray.train.objectives.dpo import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
+from itune_ray.train.reference import Reference, reference_of
+from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
 from itune_ray.train.step import Stepper, StepResult
 from itune_ray.train.strategies import build_strategy
+from itune_ray.train.validation import Validation
 from itune_ray.train.world import World, current_world, start_from_environment
 
 Row = dict[str, Any]
@@ -43,17 +49,21 @@ def train_local(
     out_dir: str,
     on_progress: OnProgress | None = None,
     *,
+    held_out: Iterable[Record] = (),
     stop_at: int | None = None,
 ) -> TrainOutcome:
     """Train without Ray, alone or as one rank of torchrun; asking again continues from the last checkpoint.
 
     Args:
+        held_out: Rows of `job.validation`.
         stop_at: See `train_rank`.
     """
     torch.set_num_threads(job.workers.torch_threads or 1)
     world = start_from_environment(job.workers.collective_timeout_s)
     if world.is_main:
         prepare_locally(job, records, out_dir)
+        if job.validation is not None:
+            prepare_locally(validation_job(job), held_out, (Folder.at(out_dir) / VALIDATION).uri)
     world.barrier()
     prepared = prepare_locally(job, [], out_dir)
     return train_rank(job, prepared, out_dir, world, on_progress, stop_at=stop_at)
@@ -94,7 +104,12 @@ def train_rank(
         job.clip_norm,
     )
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
-    loop = Loop(job, PackedTable(prepared.folder), stepper, checkpoints, pad_id(tokenizer), stage_dir)
+    rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
+    held_out = None
+    if job.validation is not None:
+        apart = Folder.at(stage_dir) / VALIDATION
+        held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
+    loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out)
     metrics = loop.run(on_progress, stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
@@ -128,16 +143,45 @@ def _export(
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows with what their objective needs beside the ids."""
+
+    table: PackedTable
+    reference: Reference | None
+    pad: int
+
+    def attached(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
+        """The rows with their further columns."""
+        return list(rows) if self.reference is None else self.reference.attached(rows)
+
+
+def _rows(job: TrainJob, order: str, stepper: Stepper, tokenizer: PreTrainedTokenizerBase, stage_dir: str) -> Rows:
+    """The rows of an order; where the objective compares with a reference, its pass is made first. Collective."""
+    table, pad = PackedTable(order), pad_id(tokenizer)
+    if REFERENCE not in stepper.objective.needs:
+        return Rows(table, None, pad)
+    folder = (Folder.at(stage_dir) / "reference").uri
+    return Rows(table, reference_of(folder, table, stepper, job.micro_batch, pad), pad)
+
+
 class Loop:
-    """Steps over a packed table from wherever the newest checkpoint stands."""
+    """Steps over packed rows from wherever the newest checkpoint stands."""
 
     def __init__(
-        self, job: TrainJob, table: PackedTable, stepper: Stepper, checkpoints: Checkpoints, pad: int, stage_dir: str
+        self,
+        job: TrainJob,
+        rows: Rows,
+        stepper: Stepper,
+        checkpoints: Checkpoints,
+        stage_dir: str,
+        held_out: Rows | None = None,
     ):
-        self._job, self._table, self._stepper, self._checkpoints = job, table, stepper, checkpoints
-        self._pad, self._stage_dir, self._world = pad, stage_dir, stepper.world
+        self._job, self._rows, self._stepper, self._checkpoints = job, rows, stepper, checkpoints
+        self._table, self._held_out = rows.table, held_out
+        self._stage_dir, self._world = stage_dir, stepper.world
         self._optimizers: Optimizers = stepper.optimizers
-        self._total = table.plan.steps
+        self._total = rows.table.plan.steps
 
     def run(self, on_progress: OnProgress | None = None, stop_at: int | None = None) -> Row:
         """Train to the end, or until `stop_at` steps are done, and return the last metrics row."""
@@ -148,6 +192,7 @@ class Loop:
             )
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
+        validation = self._validation(start)
         row: Row = {}
         for step in range(start, end):
             row = self._step(step)
@@ -155,11 +200,24 @@ class Loop:
                 log.write(row)
                 if on_progress is not None:
                     on_progress(step + 1, self._total, row)
+            if validation is not None and validation.due(step + 1, self._total):
+                validation.run(step + 1)
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
+
+    def _validation(self, start: int) -> Validation | None:
+        held_out = self._held_out
+        if held_out is None:
+            return None
+        validation = Validation(
+            self._job, held_out.table, self._stepper, held_out.pad, held_out.attached, self._stage_dir, start
+        )
+        if start == 0:
+            validation.run(0)
+        return validation
 
     def _resume(self, end: int) -> int:
         step = self._checkpoints.latest()
@@ -205,11 +263,9 @@ class Loop:
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
-        rows = self._table.rows(step, self._world.rank, self._world.size)
-        size = self._job.micro_batch
+        rows = self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
         most = -(-self._table.num_rows(step) // self._world.size)
-        flat = self._stepper.masking == "varlen"
-        return [collate(rows[i : i + size], self._pad, flat) for i in range(0, most, size)]
+        return micro_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
 
 
 def _finite(result: StepResult) -> bool:

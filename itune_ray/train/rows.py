@@ -5,9 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 from itune_ray.config.shared import MixturePart
+from itune_ray.config.train import TrainJob
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.errors import DataError
+
+VALIDATION = "validation"
+"""Folder of the held-out rows' order in a stage."""
+
+
+def validation_job(job: TrainJob) -> TrainJob:
+    """The job whose order is that of the held-out rows: each once, packed like the training rows."""
+    assert job.validation is not None
+    return job.model_copy(update={"data": job.validation.data, "validation": None, "epochs": 1.0, "steps": None})
 
 
 def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:

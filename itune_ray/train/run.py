@@ -29,7 +29,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe.progress import Progress, Task
-from itune_ray.train.rows import read_mixture
+from itune_ray.train.rows import VALIDATION, read_mixture, validation_job
 
 if TYPE_CHECKING:
     import ray.data
@@ -69,6 +69,9 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     _make_room(job, engines, progress)
     records, unread = read_mixture(job.data)
     prepared = prepare(job, records, artifact.path(), unread)
+    if job.validation is not None:
+        held_out, unread = read_mixture(job.validation.data)
+        prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     with progress.task(stage, prepared.plan.steps, unit="steps") as task:
         outcome = fit(job, prepared, artifact.path(), _shown(task))
     report = outcome.parameters

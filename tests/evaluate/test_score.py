@@ -7,9 +7,9 @@ import pytest
 
 from itune_ray.benchmarks.base import Benchmark, Grade, Item, Metric, Reply, share
 from itune_ray.config.evaluate import BootstrapConfig
+from itune_ray.data.intervals import wilson
 from itune_ray.data.ledger import Ledger
 from itune_ray.data.storage import Folder
-from itune_ray.evaluate import stats
 from itune_ray.evaluate.answers import MAX_ATTEMPTS, answers_table, cause_of, is_settled, outcome_of
 from itune_ray.evaluate.ask import Answer, Question
 from itune_ray.evaluate.score import score_benchmark, score_names
@@ -110,7 +110,7 @@ def test_few_or_uniform_items_get_wilsons_interval(tmp_path):
     benchmark = Toy(120)
     scores = scores_of(tmp_path, benchmark, [answer(benchmark, i, "no") for i in range(120)])["toy.exact_match"]
     assert scores["interval"] == "wilson"
-    assert (scores["low"], scores["high"]) == pytest.approx(stats.wilson(0, 120))
+    assert (scores["low"], scores["high"]) == pytest.approx(wilson(0, 120))
     assert scores["high"] > 0.02
     mixed = scores_of(tmp_path / "b", benchmark, [answer(benchmark, i, "yes" if i % 4 else "no") for i in range(120)])[
         "toy.exact_match"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as oracle
 
+from itune_ray.data.intervals import wilson
 from itune_ray.evaluate import stats
 
 
@@ -20,11 +21,11 @@ def shares(flags):
 def test_wilson_is_scipys():
     for right, asked in ((0, 10), (3, 10), (10, 10), (411, 500)):
         expected = oracle.binomtest(right, asked).proportion_ci(0.95, method="wilson")
-        assert stats.wilson(right, asked) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert wilson(right, asked) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_wilson_of_nothing_is_nan():
-    assert all(math.isnan(bound) for bound in stats.wilson(0, 0))
+    assert all(math.isnan(bound) for bound in wilson(0, 0))
 
 
 def test_bootstrap_of_a_mean_is_its_normal_interval_for_many_items():

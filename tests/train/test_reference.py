@@ -1,0 +1,166 @@
+"""DPO in the loop: log 2 at the start, a reference that survives, held-out pairs, and TRL's loss."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from itune_ray.data.records import Record
+from itune_ray.errors import TrainError
+from itune_ray.train.loop import train_local
+from itune_ray.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.llama(tmp_path_factory.mktemp("model"))
+
+
+def pairs(count: int, first: int = 0) -> list[Record]:
+    """Short chosen answers, longer rejected ones."""
+    made = []
+    for record in tiny.chats(count + first)[first:]:
+        words = (record.response or "").split()
+        made.append(Record(**{**as_fields(record), "rejected": " ".join([*words[::-1], "piano", "piano"])}))
+    return made
+
+
+def as_fields(record: Record) -> dict[str, Any]:
+    return {"source": record.source, "position": record.position, "messages": record.messages}
+
+
+def dpo_job(folder: Path, **overrides: Any):
+    settings = {"objective": {"type": "dpo", "beta": 0.3}, "batch": 8, "steps": 4, "micro_batch": 3, "packing": True}
+    return tiny.job(folder, **{**settings, **overrides})
+
+
+HELD_OUT = {"validation": {"data": [{"source": {"type": "playground", "split": "chat", "rows": 1}}], "every_steps": 2}}
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(str(out))]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"model.peft": {"type": "lora", "rank": 4}}, {"strategy": {"type": "fsdp2"}}, {"packing": False}],
+    ids=["full", "lora", "fsdp2", "unpacked"],
+)
+def test_the_loss_starts_at_log_2_and_the_margin_rises(folder, tmp_path, overrides):
+    lr = {"type": "adamw", "lr": 3e-3}
+    train_local(dpo_job(folder, optimizer=lr, **overrides), pairs(24), str(tmp_path))
+    rows = read_metrics(str(tmp_path))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["units"] == {"dpo": 8.0}
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["reward_margin"] > 0
+
+
+def test_packing_and_micro_batches_do_not_move_the_losses(folder, tmp_path):
+    found = []
+    for name, overrides in {"a": {}, "b": {"packing": False}, "c": {"micro_batch": 1}}.items():
+        train_local(dpo_job(folder, **overrides), pairs(24), str(tmp_path / name))
+        found.append(losses(tmp_path / name))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_the_reference_is_written_once_and_a_half_written_one_anew(folder, tmp_path):
+    job = dpo_job(folder, checkpoint={"every_steps": 1, "keep": 5})
+    train_local(job, pairs(24), str(tmp_path / "whole"))
+    train_local(job, pairs(24), str(tmp_path / "paused"), stop_at=2)
+    part = tmp_path / "paused" / "reference" / "part-00000.parquet"
+    written = part.stat().st_mtime_ns
+    train_local(job, pairs(24), str(tmp_path / "paused"), stop_at=3)
+    assert part.stat().st_mtime_ns == written, "a finished pass is read again"
+    (tmp_path / "paused" / "reference" / "complete.json").unlink()
+    train_local(job, pairs(24), str(tmp_path / "paused"))
+    assert part.stat().st_mtime_ns > written, "an unfinished pass is made anew, by the model before its first step"
+    assert losses(tmp_path / "paused") == losses(tmp_path / "whole")
+
+
+def test_held_out_pairs_are_scored_before_along_and_after(folder, tmp_path):
+    job = dpo_job(folder, optimizer={"type": "adamw", "lr": 3e-3}, **HELD_OUT)
+    train_local(job, pairs(24), str(tmp_path), held_out=pairs(10, first=24))
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert {row["n"] for row in rows} == {10}
+    assert rows[0]["reward_accuracy"] == 0.5, "all pairs tie"
+    assert rows[-1]["low"] <= rows[-1]["reward_accuracy"] <= rows[-1]["high"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_held_out_rows_change_nothing_in_the_training(folder, tmp_path):
+    train_local(dpo_job(folder), pairs(24), str(tmp_path / "without"))
+    train_local(dpo_job(folder, **HELD_OUT), pairs(24), str(tmp_path / "with"), held_out=pairs(10, first=24))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def test_sft_has_a_held_out_loss(folder, tmp_path):
+    job = tiny.job(folder, batch=8, steps=4, **HELD_OUT)
+    train_local(job, tiny.chats(24), str(tmp_path), held_out=tiny.chats(30)[24:])
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_pairs_with_equal_answers_are_one_line(folder, tmp_path):
+    equal = [Record(**{**as_fields(record), "rejected": record.response}) for record in tiny.chats(5)]
+    with pytest.raises(TrainError, match=r"no row is left to train on.*'equal_answers': 5.*rejected answer"):
+        train_local(dpo_job(folder), equal, str(tmp_path))
+
+
+def test_loss_and_gradient_equal_trls(folder, tmp_path):
+    """One step of TRL's DPOTrainer on the same pairs: loss, and the gradient's norm."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from itune_ray.data.chat import ChatRenderer
+
+    rows, words = pairs(8), tiny.tokenizer()
+    template = ChatRenderer(words)
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": template.prompt_text(row.prompt),
+                "chosen": f"{row.response}<|im_end|>",
+                "rejected": f"{row.rejected}<|im_end|>",
+            }
+            for row in rows
+        ]
+    )
+    words.chat_template = None
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        beta=0.3,
+        per_device_train_batch_size=8,
+        max_steps=3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=1e9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to=[],
+        use_cpu=True,
+        seed=0,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=data, processing_class=words)
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    job = dpo_job(folder, steps=3, packing=False, micro_batch=8, clip_norm=None)
+    train_local(job, rows, str(tmp_path / "ours"))
+    ours = read_metrics(str(tmp_path / "ours"))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=2e-4)
+    assert [row["grad_norm"] for row in ours] == pytest.approx([row["grad_norm"] for row in theirs], rel=2e-4)
