@@ -15,6 +15,9 @@ from itune_ray.train.prepare import PreparedData, preparation_digest, renderer_f
 from itune_ray.train.rows import read_mixture
 from itune_ray.train.run import prepare, version
 
+TRIAL_STAGE = "trial"
+"""First part of the names of the trials' training artifacts."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -41,9 +44,7 @@ def planned(
     made: list[Planned] = []
     for point in points:
         rungs = job.scheduler.rungs(point.train.steps or 0)
-        trained = runs.artifact(
-            f"{artifact.stage}-trial", "train", point.train, {**version(point.train), "rungs": list(rungs)}
-        )
+        trained = runs.artifact(TRIAL_STAGE, "train", point.train, {**version(point.train), "rungs": list(rungs)})
         scoring = Scoring(
             trial=point.key,
             shape=shape_of[point.key],

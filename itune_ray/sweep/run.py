@@ -65,7 +65,7 @@ def run(job: SweepJob, runs: RunStore, stage: str, engines: EngineHost, progress
         return artifact
     check_compressible(points)
     connect(job.run.ray, progress.say)
-    points = on_compressed_models(points, runs, stage, engines, progress)
+    points = on_compressed_models(points, runs, engines, progress)
     shapes = shapes_of(job, points)
     trials = planned(job, points, shapes.of_trial, metric, runs, artifact)
     sweep = _Sweep(job, artifact, trials, shapes, SweepLedger(artifact.folder), metric, higher_is_better)

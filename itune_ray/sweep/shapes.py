@@ -29,6 +29,9 @@ from itune_ray.observe.progress import Progress
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 64, 32, 3
 """Each model answers so many prompts of the first benchmark, greedily, so long and so often; the median counts."""
 
+COMPRESSED_STAGE = "compressed"
+"""First part of the artifact names of models that a sweep compresses."""
+
 
 @dataclass
 class Shapes:
@@ -62,7 +65,7 @@ def check_compressible(points: Iterable[Point]) -> None:
 
 
 def on_compressed_models(
-    points: Sequence[Point], runs: RunStore, stage: str, engines: EngineHost, progress: Progress
+    points: Sequence[Point], runs: RunStore, engines: EngineHost, progress: Progress
 ) -> list[Point]:
     """The points with the model to train on in place of its stand-in; each distinct one is compressed now or found."""
     models: dict[str, str] = {}
@@ -74,7 +77,7 @@ def on_compressed_models(
         key = _identity(point.compress)
         if key not in models:
             found = runs.find("compress", point.compress, compress_version(point.compress))
-            artifact = found or compress(point.compress, runs, f"{stage}-model", engines, progress)
+            artifact = found or compress(point.compress, runs, COMPRESSED_STAGE, engines, progress)
             models[key] = artifact.path("model")
         made.append(_with_model(point, models[key]))
     return made
