@@ -17,5 +17,7 @@ class ReportJob(Job):
     """Name of the model to compare from; default: the first one scored."""
     after: str | None = None
     """Name of the model to compare with it; default: the last one scored."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Further pairs of model names, earlier and later, whose paired differences are stated."""
     samples: Positive = 12
     """Prompts shown side by side, before and after."""

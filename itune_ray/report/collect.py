@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from itune_ray.data.artifact import Artifact
+from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
 from itune_ray.report.summary import Scores, shown_name, total_tokens
 
@@ -36,6 +37,12 @@ class Stage:
     """Lines of metrics.jsonl, in order."""
     mix: Any = None
     """mix_report.json of a curate stage."""
+    validation: tuple[Row, ...] = ()
+    """Lines of validation.jsonl, in order."""
+    compression: Row | None = None
+    """compression.json of a compress stage."""
+    sweep: Row | None = None
+    """sweep.json of a sweep stage."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,6 @@ def _stage(artifact: Artifact, skipped: bool) -> Stage:
         raise DataError("a report needs finished stages", got=artifact.path(), knob="inputs")
     manifest, folder = artifact.manifest, artifact.folder
     text = folder.read_bytes("config.yaml").decode()
-    metrics = folder.read_bytes("metrics.jsonl").decode().splitlines() if folder.exists("metrics.jsonl") else []
     return Stage(
         name=artifact.stage,
         job=artifact.job_type,
@@ -109,9 +115,21 @@ def _stage(artifact: Artifact, skipped: bool) -> Stage:
         manifest=manifest,
         config=yaml.safe_load(text),
         config_yaml=text,
-        metrics=tuple(json.loads(line) for line in metrics if line.strip()),
-        mix=folder.read_json("mix_report.json") if folder.exists("mix_report.json") else None,
+        metrics=_lines(folder, "metrics.jsonl"),
+        mix=_json(folder, "mix_report.json"),
+        validation=_lines(folder, "validation.jsonl"),
+        compression=_json(folder, "compression.json"),
+        sweep=_json(folder, "sweep.json"),
     )
+
+
+def _lines(folder: Folder, name: str) -> tuple[Row, ...]:
+    lines = folder.read_bytes(name).decode().splitlines() if folder.exists(name) else []
+    return tuple(json.loads(line) for line in lines if line.strip())
+
+
+def _json(folder: Folder, name: str) -> Any:
+    return folder.read_json(name) if folder.exists(name) else None
 
 
 def _models(stages: Sequence[Stage]) -> list[Model]:

@@ -1,6 +1,6 @@
 """Figures as inline SVG: drawn by matplotlib, coloured by the page, so that one figure serves light, dark and print.
 
-matplotlib gets stand-in colours; `_inline` puts the page's CSS variables in their place and leaves text as text, in
+matplotlib gets stand-in colours; `inline` puts the page's CSS variables in their place and leaves text as text, in
 the page's font. Nothing in the SVG refers to anything outside it.
 """
 
@@ -22,7 +22,7 @@ from itune_ray.report.collect import Stage
 WIDTH = 9.6
 """Inches at 100 dots: the text column of the page."""
 
-_VARIABLES = {
+VARIABLES = {
     "ink": "#010101",
     "muted": "#010102",
     "line": "#010103",
@@ -32,20 +32,20 @@ _VARIABLES = {
     "kept": "#010107",
 }
 _SERIES = [f"#0102{i:02x}" for i in range(8)]
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _VARIABLES["line"],
-    "axes.labelcolor": _VARIABLES["muted"],
-    "text.color": _VARIABLES["ink"],
-    "xtick.color": _VARIABLES["line"],
-    "ytick.color": _VARIABLES["line"],
-    "xtick.labelcolor": _VARIABLES["muted"],
-    "ytick.labelcolor": _VARIABLES["ink"],
+    "axes.edgecolor": VARIABLES["line"],
+    "axes.labelcolor": VARIABLES["muted"],
+    "text.color": VARIABLES["ink"],
+    "xtick.color": VARIABLES["line"],
+    "ytick.color": VARIABLES["line"],
+    "xtick.labelcolor": VARIABLES["muted"],
+    "ytick.labelcolor": VARIABLES["ink"],
     "axes.grid": True,
-    "grid.color": _VARIABLES["line"],
+    "grid.color": VARIABLES["line"],
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.linewidth": 0.8,
@@ -78,16 +78,16 @@ def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], colours
     models = [model for model, per in scores.items() if set(per) & set(names)]
     if not names:
         return ""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(0.45 + len(names) * (0.22 + 0.2 * len(models)))
         for row, model in enumerate(models):
             points = [(i, scores[model][name]) for i, name in enumerate(names) if name in scores[model]]
             shift = (row - (len(models) - 1) / 2) * 0.62 / max(1, len(models) - 1) if len(models) > 1 else 0
-            _whiskers(axes, points, shift, _VARIABLES[colours[model]])
+            _whiskers(axes, points, shift, VARIABLES[colours[model]])
         axes.set(xlim=(-0.015, 1.015), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)), yticklabels=names)
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="y", visible=False)
-        return _inline(figure, "Scores of every model on every benchmark with 95 percent intervals")
+        return inline(figure, "Scores of every model on every benchmark with 95 percent intervals")
 
 
 def _whiskers(axes: Axes, points: Sequence[tuple[int, Mapping[str, Any]]], shift: float, colour: str) -> None:
@@ -107,14 +107,14 @@ def families_figure(before: Mapping[str, Any], after: Mapping[str, Any], labels:
     """Per category, the share before and after, the worst after first; whiskers are the after model's interval."""
     names = sorted(after, key=lambda name: (after[name]["value"], name))
     columns = [names] if len(names) <= 8 else [names[: (len(names) + 1) // 2], names[(len(names) + 1) // 2 :]]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.6 + 0.25 * len(columns[0])), layout="constrained")
-        panels = _row(figure, [1.0] * len(columns))
+        panels = side_by_side(figure, [1.0] * len(columns))
         for axes, part in zip(panels, columns, strict=True):
             _families(axes, part, before, after, labels)
             axes.set_ylim(len(columns[0]) - 0.4, -0.6)
         _legend(panels[0])
-        return _inline(figure, "Share of right answers per task family, before and after")
+        return inline(figure, "Share of right answers per task family, before and after")
 
 
 def _families(
@@ -122,20 +122,20 @@ def _families(
 ) -> None:
     places = range(len(names))
     axes.barh(
-        [p - 0.1 for p in places], [after[n]["value"] for n in names], 0.4, color=_VARIABLES["after"], label=labels[1]
+        [p - 0.1 for p in places], [after[n]["value"] for n in names], 0.4, color=VARIABLES["after"], label=labels[1]
     )
     axes.barh(
         [p + 0.22 for p in places],
         [before.get(n, {}).get("value") or 0 for n in names],
         0.2,
-        color=_VARIABLES["before"],
+        color=VARIABLES["before"],
         label=labels[0],
     )
     for place, name in enumerate(names):
         axes.plot(
             [after[name]["low"], after[name]["high"]],
             [place - 0.1] * 2,
-            color=_VARIABLES["ink"],
+            color=VARIABLES["ink"],
             linewidth=0.9,
             alpha=0.55,
         )
@@ -150,30 +150,35 @@ def training_figure(stage: Stage) -> str:
     panels = [(key, label) for key, label in wanted if any(key in entry for entry in stage.metrics)]
     if not panels:
         return ""
-    with matplotlib.rc_context({**_STYLE, "ytick.labelcolor": _VARIABLES["muted"]}):
+    with matplotlib.rc_context({**STYLE, "ytick.labelcolor": VARIABLES["muted"]}):
         figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
         widths = [2.0 if key == "loss" else 1.0 for key, _ in panels]
-        for axes, (key, label) in zip(_row(figure, widths), panels, strict=True):
+        for axes, (key, label) in zip(side_by_side(figure, widths), panels, strict=True):
             points = [(e["step"], e[key]) for e in stage.metrics if key in e]
             _curve(axes, points, smooth=key != "lr")
-            axes.set_title(label, loc="left", fontsize=9.5, color=_VARIABLES["ink"])
+            axes.set_title(label, loc="left", fontsize=9.5, color=VARIABLES["ink"])
             axes.set_xlabel("step")
             axes.margins(x=0.02)
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(4 if key != "loss" else 7, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        return _inline(figure, "Training loss, gradient norm and learning rate over steps")
+        return inline(figure, "Training loss, gradient norm and learning rate over steps")
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float]], smooth: bool) -> None:
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=_VARIABLES["after"], linewidth=1.0 if smooth else 1.8, alpha=0.35 if smooth else 1)
+    axes.plot(steps, values, color=VARIABLES["after"], linewidth=1.0 if smooth else 1.8, alpha=0.35 if smooth else 1)
     if smooth:
-        axes.plot(steps, _smoothed(values), color=_VARIABLES["after"], linewidth=2.0)
+        axes.plot(steps, smoothed(values), color=VARIABLES["after"], linewidth=2.0)
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def series(number: int) -> str:
+    """Stand-in colour of the n-th of many lines."""
+    return _SERIES[number % len(_SERIES)]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
     """Mean over a window around each step, a twentieth of the run wide; unlike a running mean it does not lag."""
     reach = max(1, len(values) // 40)
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
@@ -182,7 +187,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def funnel_figure(stages: Sequence[Stage]) -> str:
     """Per stage, the share of rows accepted, rejected by reason and failed by cause."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(0.55 + 0.52 * len(stages))
         colours = reason_colours(stages)
         for place, stage in enumerate(stages):
@@ -195,7 +200,7 @@ def funnel_figure(stages: Sequence[Stage]) -> str:
                     0.56,
                     left=[left],
                     color=_of(colours[name]),
-                    edgecolor=_VARIABLES["paper"],
+                    edgecolor=VARIABLES["paper"],
                     linewidth=0.8,
                 )
                 left += width
@@ -203,7 +208,7 @@ def funnel_figure(stages: Sequence[Stage]) -> str:
         axes.set(xlim=(0, 1), ylim=(len(stages) - 0.45, -0.55), yticks=range(len(stages)), yticklabels=labels)
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="y", visible=False)
-        return _inline(figure, "Rows accepted, rejected by reason and failed by cause, per stage")
+        return inline(figure, "Rows accepted, rejected by reason and failed by cause, per stage")
 
 
 def endings(stage: Stage) -> list[tuple[str, int]]:
@@ -222,22 +227,22 @@ def reason_colours(stages: Sequence[Stage]) -> dict[str, str]:
 def cost_figure(stages: Sequence[Stage]) -> str:
     """Seconds and tokens per stage, side by side."""
     names = [stage.name for stage in stages]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.75 + 0.34 * len(stages)), layout="constrained")
-        left, right = _row(figure, [1.0, 1.0])
+        left, right = side_by_side(figure, [1.0, 1.0])
         _bars(left, names, [stage.seconds for stage in stages], [shown.duration(s.seconds) for s in stages], "time")
         tokens = [stage.tokens or 0 for stage in stages]
         _bars(right, [""] * len(names), tokens, [shown.count(t) if t else "" for t in tokens], "tokens")
-        return _inline(figure, "Seconds and tokens of every stage")
+        return inline(figure, "Seconds and tokens of every stage")
 
 
 def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], labels: Sequence[str], title: str) -> None:
-    axes.barh(range(len(values)), values, 0.6, color=_VARIABLES["after"])
+    axes.barh(range(len(values)), values, 0.6, color=VARIABLES["after"])
     top = max(values, default=0) or 1
     for place, (value, label) in enumerate(zip(values, labels, strict=True)):
-        axes.text(value + 0.015 * top, place, label, va="center", color=_VARIABLES["muted"])
+        axes.text(value + 0.015 * top, place, label, va="center", color=VARIABLES["muted"])
     axes.set(xlim=(0, 1.22 * top), ylim=(len(values) - 0.4, -0.6), yticks=range(len(values)), yticklabels=names)
-    axes.set_title(title, loc="left", fontsize=9.5, color=_VARIABLES["ink"])
+    axes.set_title(title, loc="left", fontsize=9.5, color=VARIABLES["ink"])
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
@@ -248,7 +253,8 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _row(figure: Figure, widths: Sequence[float]) -> list[Axes]:
+def side_by_side(figure: Figure, widths: Sequence[float]) -> list[Axes]:
+    """Axes next to each other, of these relative widths."""
     grid = figure.add_gridspec(1, len(widths), width_ratios=widths)
     return [figure.add_subplot(grid[0, i]) for i in range(len(widths))]
 
@@ -263,15 +269,15 @@ def _legend(axes: Axes) -> None:
         ncols=2,
         borderaxespad=0.2,
         handlelength=1.0,
-        labelcolor=_VARIABLES["muted"],
+        labelcolor=VARIABLES["muted"],
     )
 
 
 def _of(name: str) -> str:
-    return _SERIES[int(name.removeprefix("series-"))] if name.startswith("series-") else _VARIABLES[name]
+    return _SERIES[int(name.removeprefix("series-"))] if name.startswith("series-") else VARIABLES[name]
 
 
-def _inline(figure: Figure, label: str) -> str:
+def inline(figure: Figure, label: str) -> str:
     """The figure as an `<svg>` element for this page."""
     out = io.StringIO()
     salt = hashlib.sha256(label.encode()).hexdigest()  # ids must differ between figures of one page, not between runs
@@ -285,7 +291,7 @@ def _inline(figure: Figure, label: str) -> str:
     for pattern, clean in _TRIMMED:
         svg = pattern.sub(clean, svg)
     svg = _COORDINATES.sub(lambda attribute: _FINE.sub("", attribute[0]), svg)
-    for name, colour in _VARIABLES.items():
+    for name, colour in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
     for index, colour in enumerate(_SERIES):
         svg = svg.replace(colour, f"var(--series-{index})")

@@ -21,6 +21,7 @@ from itune_ray.report.compare import (
     headline,
     verdict,
 )
+from itune_ray.report.sections import distillation, inventions, preference, pruning, stated_pairs, sweeps
 from itune_ray.report.summary import Scores
 
 MAX_REPLY = 600
@@ -63,7 +64,11 @@ def render(run: Run, job: ReportJob, command: str, when: str) -> str:
         "scores_svg": figures.scores_figure(*_coloured(run, pair)),
         "families_svg": _families(main),
         "samples": _samples(main, job),
+        "pairs": stated_pairs(run, job.pairs, job.seed),
         "training": _training(run),
+        "inventions": inventions(run),
+        "pruning": pruning(run),
+        "sweeps": sweeps(run),
         "funnel": _funnel(run),
         "cost": _cost(run),
         "mixes": _mixes(run),
@@ -189,7 +194,8 @@ def _training(run: Run) -> list[dict[str, Any]]:
         {
             "stage": stage,
             "svg": figures.training_figure(stage),
-            "facts": _training_facts(stage),
+            "facts": [*_training_facts(stage), *distillation(stage)],
+            "preference": preference(stage),
             "matrices": _matrices(stage),
         }
         for stage in run.of_job("train")

@@ -14,7 +14,7 @@ from itune_ray.report.page import render
 from itune_ray.report.summary import summarise
 from itune_ray.report.tables import tables_csv
 
-VERSION = "1"
+VERSION = "2"
 """Of the page's content: part of the artifact's identity."""
 
 
