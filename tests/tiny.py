@@ -2,16 +2,19 @@
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from itune_ray.config.train import TrainJob
-from itune_ray.data.records import Record
+from itune_ray.data.chat import ChatRenderer
+from itune_ray.data.records import Record, TopK
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -104,6 +107,35 @@ def chat(question: str, answer: str, position: int = 0, **fields: Any) -> Record
     """One question, one answer."""
     messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     return Record(source="tiny", position=position, messages=messages, **fields)
+
+
+def pairs(count: int) -> list[Record]:
+    """Preference rows: the same chats, each with a worse answer of another length."""
+    return [
+        replace(record, rejected=" ".join([*(record.response or "").split()[::-1], *WORDS[: 1 + record.position % 5]]))
+        for record in chats(count)
+    ]
+
+
+def distributions(count: int, k: int = 4) -> list[Record]:
+    """Distillation rows: the same chats, each with made-up top-k distributions over its answer."""
+    renderer, rows = ChatRenderer(tokenizer()), []
+    for record in chats(count):
+        ids, supervised = renderer.record_ids(record)
+        positions = tuple(i for i, flag in enumerate(supervised) if flag and i > 0)
+        rng = np.random.default_rng(record.position)
+        top = np.stack([rng.permutation(300)[:k] for _ in positions])
+        log_probs = np.log(-np.sort(-rng.dirichlet(np.ones(k), len(positions)), axis=1) * 0.9 + 1e-3)
+        teacher = TopK(
+            input_ids=tuple(ids),
+            positions=positions,
+            k=k,
+            ids=top.astype("<i4").tobytes(),
+            log_probs=log_probs.astype("<f2").tobytes(),
+            tokenizer=renderer.vocabulary_hash,
+        )
+        rows.append(replace(record, teacher=teacher))
+    return rows
 
 
 def job(model: Path | str, **overrides: Any) -> TrainJob:

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+STRATEGIES = {
+    "ddp": {"type": "ddp"},
+    "fsdp2": {"type": "fsdp2"},
+    "zero1": {"type": "deepspeed", "stage": 1},
+    "zero2": {"type": "deepspeed", "stage": 2},
+    "zero3": {"type": "deepspeed", "stage": 3, "persist_below": 0},
+}
+"""Name -> `strategy` of a job. DeepSpeed believes in one process group per process: run it through `run_ranks` only."""
+
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """`function(*args)` on every rank; results by rank, or the first rank's traceback as the failure."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all ranks
-    context.set_forkserver_preload(["itune_ray.train.loop"])
+    context.set_forkserver_preload(["itune_ray.train.loop", "itune_ray.train.strategies.deepspeed"])
     with tempfile.TemporaryDirectory() as folder:  # the store removes its file itself
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [

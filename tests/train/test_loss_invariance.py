@@ -6,7 +6,7 @@ import time
 import pytest
 import tiny
 import torch
-from ranks import run_ranks
+from ranks import STRATEGIES, run_ranks
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -19,23 +19,32 @@ from itune_ray.train.step import Stepper
 
 pytestmark = pytest.mark.real
 BATCH = 16
+PLAIN = ("ddp", 1, 1, False)
+"""One process, one micro-batch, nothing packed: what every other division must equal."""
+OBJECTIVES = {
+    "sft": ({"type": "sft"}, tiny.chats),
+    "dpo": ({"type": "dpo", "beta": 0.3, "nll": 0.5}, tiny.pairs),
+    "kd": ({"type": "kd", "k": 4, "alpha": 0.7}, tiny.distributions),
+}
+"""Name -> `objective` of a job, and its rows."""
 CASES = [
-    (strategy, world, accumulation, packing)
-    for strategy, world, accumulation in itertools.product(("ddp", "fsdp2"), (1, 2), (1, 4))
-    for packing in (False, True)
+    (objective, strategy, world, accumulation, packing)
+    for objective, strategy, world, accumulation in itertools.product(OBJECTIVES, STRATEGIES, (1, 2), (1, 4))
+    for packing in ((False, True) if objective == "sft" else (accumulation == 4,))
+    if objective == "sft" or strategy != "zero1"
 ]
 
 
-def job_of(folder, strategy, world, accumulation, packing, **overrides):
+def job_of(folder, objective, strategy, world, accumulation, packing, **overrides):
     rows = 8 if packing else BATCH  # packing roughly halves the rows of these documents
     return tiny.job(
         folder,
         steps=2,
         batch=BATCH,
         packing=packing,
-        pack_length=160,
+        pack_length=160 if objective != "dpo" else 256,
         micro_batch=max(1, rows // (world * accumulation)),
-        **{"strategy": {"type": strategy}, **overrides},
+        **{"strategy": STRATEGIES[strategy], "objective": OBJECTIVES[objective][0], **overrides},
     )
 
 
@@ -54,25 +63,25 @@ def figures(folder, tmp_path_factory):
     prepared = {}
     for case in CASES:
         stage = str(tmp_path_factory.mktemp("stage"))
-        job = job_of(folder, *case)
-        prepare_locally(job, tiny.chats(2 * BATCH), stage)
+        job, rows = job_of(folder, *case), OBJECTIVES[case[0]][1]
+        prepare_locally(job, rows(2 * BATCH), stage)
         prepared[case] = (job, stage)
     result = {}
     for world in (1, 2):
-        chosen = [case for case in CASES if case[1] == world]
-        run = train_cases if world == 1 else lambda cases: run_ranks(2, train_cases, cases)[0]
-        result |= dict(zip(chosen, run([prepared[c] for c in chosen]), strict=True))
+        chosen = [case for case in CASES if case[2] == world]
+        trained = run_ranks(world, train_cases, [prepared[case] for case in chosen])[0]
+        result |= dict(zip(chosen, trained, strict=True))
     return result
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradient_norm_are_the_same_however_the_work_is_divided(figures, case):
-    torch.testing.assert_close(figures[case], figures["ddp", 1, 1, False], rtol=1e-5, atol=0)
+    torch.testing.assert_close(figures[case], figures[case[0], *PLAIN], rtol=1e-5, atol=0)
 
 
 def test_the_loss_is_the_closed_form(figures, folder):
     """-(1/N) Σ log p over all supervised tokens of the batch, and the norm of its gradient, from plain transformers."""
-    job = job_of(folder, "ddp", 1, 1, False)
+    job = job_of(folder, "sft", *PLAIN)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     renderer = ChatRenderer(tiny.tokenizer())
     records = tiny.chats(2 * BATCH)
@@ -87,7 +96,7 @@ def test_the_loss_is_the_closed_form(figures, folder):
     mean = total / count
     mean.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    loss, grad_norm = figures["ddp", 1, 1, False][0]
+    loss, grad_norm = figures["sft", *PLAIN][0]
     assert loss == pytest.approx(mean.item(), rel=1e-5)
     assert grad_norm == pytest.approx(float(norm), rel=1e-5)
 
@@ -107,12 +116,12 @@ def test_a_mean_of_means_is_caught(figures, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Stepper, "_scaled", mean_of_means)
     monkeypatch.setattr(Stepper, "_forward", remember)
-    job = job_of(folder, "ddp", 1, 4, False)
+    job = job_of(folder, "sft", "ddp", 1, 4, False)
     train_local(job, tiny.chats(2 * BATCH), str(tmp_path))
     wrong = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path))]
-    assert wrong[0][0] == pytest.approx(figures["ddp", 1, 1, False][0][0], rel=1e-5)  # before any update
-    assert wrong[0][1] != pytest.approx(figures["ddp", 1, 1, False][0][1], rel=1e-2)
-    assert wrong[1][0] != pytest.approx(figures["ddp", 1, 1, False][1][0], rel=1e-5)
+    assert wrong[0][0] == pytest.approx(figures["sft", *PLAIN][0][0], rel=1e-5)  # before any update
+    assert wrong[0][1] != pytest.approx(figures["sft", *PLAIN][0][1], rel=1e-2)
+    assert wrong[1][0] != pytest.approx(figures["sft", *PLAIN][1][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -142,4 +151,4 @@ def test_kernels_and_recomputation_move_nothing_but_rounding(figures, folder, tm
     job = tiny.job(folder, **{"steps": 2, "batch": BATCH, **settings})
     train_local(job, tiny.chats(2 * BATCH), str(tmp_path))
     got = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path))]
-    torch.testing.assert_close(got, figures["ddp", 1, 1, False], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got, figures["sft", *PLAIN], rtol=1e-5, atol=0)
