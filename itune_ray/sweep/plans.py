@@ -12,7 +12,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.sweep.scorer import Scoring
 from itune_ray.sweep.trial import TrialPlan
 from itune_ray.train.prepare import PreparedData, preparation_digest, renderer_for
-from itune_ray.train.rows import read_mixture
+from itune_ray.train.rows import VALIDATION, read_mixture, validation_job
 from itune_ray.train.run import prepare, version
 
 TRIAL_STAGE = "trial"
@@ -53,6 +53,9 @@ def planned(
             folder=artifact.path(f"trials/{point.key}"),
         )
         order = _order(point.train, artifact.folder / "data", orders)
+        if point.train.validation is not None:
+            held_out, unread = read_mixture(point.train.validation.data)
+            prepare(validation_job(point.train), held_out, trained.path(VALIDATION), unread)
         plan = TrialPlan(point.train, order, trained.path(), rungs, scoring, metric)
         made.append(Planned(point, plan, trained))
     return made
