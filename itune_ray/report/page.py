@@ -64,7 +64,8 @@ def render(run: Run, job: ReportJob, command: str, when: str) -> str:
         "scores_svg": figures.scores_figure(*_coloured(run, pair)),
         "families_svg": _families(main),
         "samples": _samples(main, job),
-        "pairs": stated_pairs(run, job.pairs, job.seed),
+        "pairs": stated_pairs(run, [*([pair] if pair and _many(run) else []), *job.pairs], job.seed),
+        "many": _many(run),
         "training": _training(run),
         "inventions": inventions(run),
         "pruning": pruning(run),
@@ -125,6 +126,14 @@ def _tone(comparison: Comparison) -> str:
 def _group(name: str, score: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> Figure:
     was = f"from {shown.score(earlier['value'], 'share')} · " if earlier else ""
     return Figure(name, shown.score(score["value"], "share"), f"{was}n = {score['n']:,}")
+
+
+MANY_MODELS = 4
+"""Above this, models go down the table of scores and benchmarks across."""
+
+
+def _many(run: Run) -> bool:
+    return len(run.scores) > MANY_MODELS
 
 
 def _order(run: Run, pair: tuple[str, str] | None) -> list[str]:
