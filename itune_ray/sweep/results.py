@@ -32,7 +32,7 @@ def trial_result(trial: Planned, ledger: SweepLedger, tokens_per_s: float | None
         "tokens": sum(int(row["tokens"]) for row in read_metrics(trial.plan.stage_dir)),
         "ended": end.ended,
         "cause": end.cause,
-        "score": _score(trial, scored[-1].steps) if scored else None,
+        "score": _score(trial, scored[-1].steps) if scored else dict.fromkeys(SCORE_KEYS),
         "rungs": [{"step": entry.steps, "value": entry.score} for entry in scored],
         "parameters": sizes.total - sizes.trainable if sizes else None,
         "trainable": sizes.trainable if sizes else None,
@@ -46,7 +46,7 @@ def sweep_result(
     higher_is_better: bool,
     axes: Sequence[str],
     trials: Sequence[dict[str, Any]],
-    shapes: Sequence[Mapping[str, Any]],
+    models: Sequence[Mapping[str, Any]],
     engine_starts: int,
 ) -> dict[str, Any]:
     """The whole of sweep.json.
@@ -57,7 +57,7 @@ def sweep_result(
     Raises:
         TrainError: No trial has a score.
     """
-    scored = {trial["key"]: trial for trial in trials if trial["score"] is not None}
+    scored = {trial["key"]: trial for trial in trials if trial["score"]["value"] is not None}
     if not scored:
         raise TrainError(f"every trial failed; the first: {trials[0]['cause']}", knob="axes")
     sign = 1.0 if higher_is_better else -1.0
@@ -73,7 +73,8 @@ def sweep_result(
         "pareto": pareto({key: figures(trial) for key, trial in scored.items()}),
         "best": max(scored, key=lambda key: figures(scored[key])),
         "engine_starts": engine_starts,
-        "shapes": list(shapes),
+        "shapes": len(models),
+        "models": list(models),
     }
 
 
@@ -84,11 +85,17 @@ def trials_csv(result: Mapping[str, Any]) -> str:
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
     write.writerow(["trial", *result["axes"], result["metric"], "low", "high", "n", *columns, "pareto"])
-    for trial in sorted(result["trials"], key=lambda t: sign * t["score"]["value"] if t["score"] else math.inf):
-        score = trial["score"] or dict.fromkeys(SCORE_KEYS)
+    for trial in sorted(result["trials"], key=lambda t: _rank(t, sign)):
+        score = trial["score"]
         own = [trial["key"], *(trial["axes"][path] for path in result["axes"]), *(score[key] for key in SCORE_KEYS)]
         write.writerow([*own, *(trial[name] for name in columns), trial["key"] in result["pareto"]])
     return out.getvalue()
+
+
+def _rank(trial: Mapping[str, Any], sign: float) -> float:
+    """Failed trials come last."""
+    value = trial["score"]["value"]
+    return math.inf if value is None else sign * value
 
 
 def _score(trial: Planned, rung: int) -> dict[str, Any]:

@@ -213,11 +213,11 @@ def _publish(sweep: _Sweep, engine_starts: int) -> None:
             facts = {name: result[name] for name in ("steps", "tokens", "ended")}
             trial.artifact.finish(rows=trial.plan.prepared.accepted, **facts)
     size_of = {sweep.shapes.of_trial[trial["key"]]: trial["parameters"] for trial in made if trial["parameters"]}
-    shapes = [
+    models = [
         {"model": served.model.path, "parameters": size_of.get(name), "tokens_per_s": rates[name]}
         for name, served in sweep.shapes.served.items()
     ]
-    result = sweep_result(sweep.metric, sweep.higher_is_better, list(sweep.job.axes), made, shapes, engine_starts)
+    result = sweep_result(sweep.metric, sweep.higher_is_better, list(sweep.job.axes), made, models, engine_starts)
     sweep.artifact.folder.write_bytes("trials.csv", trials_csv(result).encode())
     sweep.artifact.folder.write_json("sweep.json", result)
     sweep.artifact.finish(

@@ -60,7 +60,7 @@ def test_every_trial_ends_once_with_a_score_and_a_size(calm):
 
 def test_engines_and_models_are_made_once_per_shape(calm):
     result = result_of(calm)
-    assert result["engine_starts"] == len(result["shapes"]) == 2
+    assert result["engine_starts"] == result["shapes"] == len(result["models"]) == 2
     assert len(list(calm.parent.glob("compressed-*"))) == 2
     assert len(list((calm / "data").iterdir())) == 1, "equal tokens are prepared once"
     assert not (calm / "tune").exists()
