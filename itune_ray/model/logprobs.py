@@ -26,7 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from itune_ray.errors import ModelError
 
 CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk: 64 MiB in fp32."""
+"""Logits of one chunk on CPU: 64 MiB in fp32."""
+CUDA_CHUNK_ELEMENTS = 2**27
+"""The same on a GPU, 512 MiB: every chunk adds to the head's whole gradient in fp32, 1 GiB read and written at
+V = 128,256; with small ones that is most of the time (170 ms for 8,192 tokens on an H100 against 34 ms dense)."""
 
 
 class TokenScores(NamedTuple):
@@ -120,7 +123,7 @@ def _score_by_module(
         scores = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         return scores if ids is None else (*scores, log_p.gather(-1, ids), _others(log_p, ids).logsumexp(-1))
 
-    rows = _rows_per_chunk(_num_words(head))
+    rows = _rows_per_chunk(_num_words(head), hidden)
     ids_of_chunks = itertools.repeat(None) if ids is None else ids.split(rows)
     chunks = [
         checkpoint(chunk_scores, h, y, i, use_reentrant=False)
@@ -147,7 +150,7 @@ class _ChunkedScores(torch.autograd.Function):
         lse, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
         at = None if ids is None else log_probs.new_empty(ids.shape)
         tail = None if ids is None else torch.empty_like(log_probs)
-        for rows in _chunks(len(hidden), weight.shape[0]):
+        for rows in _chunks(hidden, weight.shape[0]):
             z = transform((hidden[rows] @ cast.T).float())
             lse[rows] = z.logsumexp(-1)
             log_probs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
@@ -168,7 +171,7 @@ class _ChunkedScores(torch.autograd.Function):
         cast = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden), weight.shape[0]):
+        for rows in _chunks(hidden, weight.shape[0]):
             z = ctx.transform((hidden[rows] @ cast.T).float())
             log_p = z - lse[rows, None]
             p = log_p.exp()
@@ -191,13 +194,13 @@ class _ChunkedScores(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(num_rows: int, num_words: int) -> list[slice]:
-    size = _rows_per_chunk(num_words)
+def _chunks(hidden: Tensor, num_words: int) -> list[slice]:
+    num_rows, size = len(hidden), _rows_per_chunk(num_words, hidden)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def _rows_per_chunk(num_words: int) -> int:
-    return max(1, CHUNK_ELEMENTS // num_words)
+def _rows_per_chunk(num_words: int, hidden: Tensor) -> int:
+    return max(1, (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS) // num_words)
 
 
 def _num_words(head: nn.Module) -> int:

@@ -76,6 +76,8 @@ def pareto_figure(sweep: Mapping[str, Any]) -> str:
 
 def _scatter(axes: Axes, sweep: Mapping[str, Any], trials: list[Row], key: str, scale: float) -> None:
     best = set(sweep["pareto"])
+    places = [trial[key] * scale for trial in trials if trial[key]]
+    middle = (min(places) + max(places)) / 2
     for trial in trials:
         if not trial[key]:
             continue
@@ -93,11 +95,13 @@ def _scatter(axes: Axes, sweep: Mapping[str, Any], trials: list[Row], key: str, 
         )
         if on:
             label = ", ".join(_short(path, value) for path, value in trial["axes"].items())
+            right = x > middle
             axes.annotate(
                 label,
                 (x, score["value"]),
-                xytext=(6, 5),
+                xytext=(-7 if right else 7, 5),
                 textcoords="offset points",
+                ha="right" if right else "left",
                 fontsize=8,
                 color=VARIABLES["ink"],
             )
