@@ -17,12 +17,15 @@ BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
 OVERRIDE_cpu := --override requirements/cpu-overrides.txt
 INSTALL = $(UV) $(BACKEND_$(ACCEL)) $(OVERRIDE_$(ACCEL)) --constraint requirements/constraints.txt
 
-.PHONY: install quickstart test fast soak playground lint format clean
+.PHONY: install quickstart full test fast soak playground lint format clean
 
 install: $(READY)  ## the environment alone
 
 quickstart: $(READY)  ## prompts -> teacher -> curated rows -> tuned student -> scores -> report.html
 	$(BIN)/itune pipeline jobs/pipeline/quickstart.yaml
+
+full: $(READY)  ## the quickstart's loop, and distillation, pruning with healing, and a sweep of rank x sparsity
+	$(BIN)/itune pipeline jobs/pipeline/full.yaml
 
 test: $(READY_DEV)  ## everything but the soak tests, on real Ray, vLLM and processes
 	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder

@@ -153,7 +153,7 @@ def sweeps(run: Run) -> list[Section]:
                 "facts": [
                     ("trials", str(len(trials))),
                     ("stopped early", str(sum(t["ended"] == "stopped" for t in trials))),
-                    ("engines started", f"{sweep['engine_starts']} for {len(sweep['shapes'])} model shapes"),
+                    ("engines started", f"{sweep['engine_starts']} for {sweep['shapes']} model shapes"),
                 ],
                 "svg": curves.pareto_figure(sweep),
                 "rungs_svg": curves.rungs_figure(sweep),

@@ -115,7 +115,7 @@ def add_sweep(run):
             "trials": trials,
             "pareto": ["b", "d"],
             "engine_starts": 2,
-            "shapes": [{"model": "a"}, {"model": "b"}],
+            "shapes": 2,
         },
     )
 
