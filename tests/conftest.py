@@ -15,7 +15,7 @@ TEST_DATA = Path(os.environ.get("ITUNE_TEST_DATA", Path(__file__).parents[2] / "
 """Public data and models used by some tests; they skip where it is absent."""
 
 
-LONGEST_FIRST = ("pipeline/test_loop.py", "test_submit.py")
+LONGEST_FIRST = ("pipeline/test_loop.py", "test_submit.py", "sweep/test_sweep_run.py", "train/test_loss_invariance.py")
 """Modules that take minutes: started last, one of them would run on alone."""
 
 
