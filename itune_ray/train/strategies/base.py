@@ -75,10 +75,15 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def torch_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    """State by parameter name, the same for DDP and FSDP2, so that one can resume what the other saved."""
+    """State by parameter name, the same for DDP and FSDP2, so that one can resume what the other saved.
+
+    Trained weights that are tied are there under each name, their optimizer state under the first.
+    """
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizers.optimizers, options=options)
-    return {"model": weights, "optimizer": moments}
+    every_name = model.named_parameters(remove_duplicate=False)  # torch leaves out frozen ones under the first alone
+    frozen = {name.removeprefix("module.") for name, parameter in every_name if not parameter.requires_grad}
+    return {"model": {n: w for n, w in weights.items() if n not in frozen}, "optimizer": moments}
 
 
 def load_torch_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Deepspeed:
         self._config, self._world, self._bf16 = config, world, precision == "bf16"
         self.gradient_divisor = world.size
         self._engine: Any = None
-        self._groups: list[list[str]] = []
+        self._groups: list[list[str]] = []  # parameter names by optimizer group, tied ones once
 
     def init_context(self) -> AbstractContextManager[None]:
         return parameters_on_meta()
@@ -68,10 +68,8 @@ class Deepspeed:
         """Only now may DeepSpeed take its copies: it splits weights into runs, and optimizer groups with them."""
         optimizers = build_optimizers(model, config)
         (adamw,) = optimizers.optimizers
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        self._groups = [[name for p in group["params"] for name in names[id(p)]] for group in adamw.param_groups]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._groups = [[names[id(p)] for p in group["params"]] for group in adamw.param_groups]
         self._engine = deepspeed.initialize(model=model, optimizer=adamw, config=self._settings())[0]
         return self._engine, optimizers
 
@@ -114,12 +112,15 @@ class Deepspeed:
         step = next(iter(adamw.state.values()))["step"]
         weights: dict[str, Run] = {}
         moments: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._trained():
-            moments[name] = {"step": step}
-            if (owned := self._owned(parameter)) is not None:
+        parameters = dict(self._engine.module.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and (owned := self._owned(parameter)) is not None:
                 weights[name] = owned.run(owned.flat, full_shape(parameter))
+        for name in (name for names in self._groups for name in names):
+            moments[name] = {"step": step}
+            if (owned := self._owned(parameters[name])) is not None:
                 for key in _MOMENTS:
-                    moments[name][key] = owned.run(adamw.state[owned.flat][key], full_shape(parameter))
+                    moments[name][key] = owned.run(adamw.state[owned.flat][key], full_shape(parameters[name]))
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": names}
             for group, names in zip(adamw.param_groups, self._groups, strict=True)
@@ -139,12 +140,6 @@ class Deepspeed:
         zero._partition_all_parameters()
         for index in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Tied weights under every name they have, as torch's state dicts list them."""
-        for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad:
-                yield name, parameter
 
     def _create_moments(self, adamw: torch.optim.Optimizer) -> None:
         """AdamW's state as it is before the first step, which makes it otherwise."""
