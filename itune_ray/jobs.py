@@ -30,7 +30,7 @@ JOBS = {
     "train": JobType(
         "itune_ray.config.train:TrainJob",
         "itune_ray.train.run:run",
-        "tune a model on rows with Ray Train (full or LoRA; ddp or fsdp2)",
+        "tune a model on rows with Ray Train (full or LoRA; ddp, fsdp2 or deepspeed)",
     ),
     "compress": JobType(
         "itune_ray.config.compress:CompressJob",

@@ -167,6 +167,8 @@ def _from_preference(row: Mapping[str, Any]) -> Record:
         prompt = []
     system = [("system", row["system"])] if row.get("system") else []
     record = _chat(system + prompt + chosen, row, {"prompt", "chosen", "rejected", "system"})
+    if record.response is None:
+        return record
     if not rejected or rejected[-1][0] != "assistant" or not str(rejected[-1][1]).strip():
         raise BadRowError("no_pair")
     if rejected[:-1] != chosen[:-1]:

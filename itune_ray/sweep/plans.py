@@ -12,7 +12,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.sweep.scorer import Scoring
 from itune_ray.sweep.trial import TrialPlan
 from itune_ray.train.prepare import PreparedData, preparation_digest, renderer_for
-from itune_ray.train.rows import VALIDATION, read_mixture, validation_job
+from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
 from itune_ray.train.run import prepare, version
 
 TRIAL_STAGE = "trial"
@@ -54,7 +54,7 @@ def planned(
         )
         order = _order(point.train, artifact.folder / "data", orders)
         if point.train.validation is not None:
-            held_out, unread = read_mixture(point.train.validation.data)
+            held_out, unread = read_held_out(point.train.validation.data)
             prepare(validation_job(point.train), held_out, trained.path(VALIDATION), unread)
         plan = TrialPlan(point.train, order, trained.path(), rungs, scoring, metric)
         made.append(Planned(point, plan, trained))

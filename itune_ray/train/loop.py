@@ -40,7 +40,8 @@ from itune_ray.train.world import World, current_world, start_from_environment
 
 Row = dict[str, Any]
 OnProgress = Callable[[int, int, Row], None]
-"""(steps done, total steps, the step's row of metrics.jsonl); called on rank 0 only."""
+"""(steps done, total steps, the step's row of metrics.jsonl and, as `held_out_loss`, the newest of validation.jsonl);
+called on rank 0 only."""
 
 
 def train_local(
@@ -192,32 +193,31 @@ class Loop:
             )
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
-        validation = self._validation(start)
+        validation, held_out = self._validation(start)
         row: Row = {}
         for step in range(start, end):
             row = self._step(step)
+            if validation is not None and validation.due(step + 1, self._total):
+                held_out = {"held_out_loss": validation.run(step + 1)["loss"]}
             if log is not None and ((step + 1) % self._job.log_every == 0 or step + 1 == self._total):
                 log.write(row)
                 if on_progress is not None:
-                    on_progress(step + 1, self._total, row)
-            if validation is not None and validation.due(step + 1, self._total):
-                validation.run(step + 1)
+                    on_progress(step + 1, self._total, {**row, **held_out})
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
 
-    def _validation(self, start: int) -> Validation | None:
+    def _validation(self, start: int) -> tuple[Validation | None, Row]:
+        """The held-out rows and what is known of them: a fresh run scores them first."""
         held_out = self._held_out
         if held_out is None:
-            return None
+            return None, {}
         validation = Validation(
             self._job, held_out.table, self._stepper, held_out.pad, held_out.attached, self._stage_dir, start
         )
-        if start == 0:
-            validation.run(0)
-        return validation
+        return validation, ({"held_out_loss": validation.run(0)["loss"]} if start == 0 else {})
 
     def _resume(self, end: int) -> int:
         step = self._checkpoints.latest()

@@ -58,6 +58,12 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
     return rows, rejected
 
 
+def read_held_out(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:
+    """As `read_mixture`, but each row weighs 1, whatever is said of it: held-out rows are counted, not drawn."""
+    rows, rejected = read_mixture(parts)
+    return [dataclasses.replace(row, weight=1.0) for row in rows], rejected
+
+
 def rejection(record: Record, reason: str, detail: str | None = None, score: float = float("nan")) -> Outcome:
     """The outcome of a row that is not trained on."""
     noted = record if detail is None else dataclasses.replace(record, meta={**record.meta, "detail": detail})

@@ -29,7 +29,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe.progress import Progress, Task
-from itune_ray.train.rows import VALIDATION, read_mixture, validation_job
+from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
 
 if TYPE_CHECKING:
     import ray.data
@@ -70,7 +70,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     records, unread = read_mixture(job.data)
     prepared = prepare(job, records, artifact.path(), unread)
     if job.validation is not None:
-        held_out, unread = read_mixture(job.validation.data)
+        held_out, unread = read_held_out(job.validation.data)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     with progress.task(stage, prepared.plan.steps, unit="steps") as task:
         outcome = fit(job, prepared, artifact.path(), _shown(task))
@@ -124,7 +124,8 @@ def _shown(task: Task) -> OnProgress:
     def show(step: int, _: int, row: dict[str, Any]) -> None:
         nonlocal seen
         seen += int(row["tokens"])
-        task.update(step, seen, loss=float(row["loss"]), lr=float(row["lr"]))
+        shown = {name: float(row[name]) for name in ("loss", "held_out_loss", "lr") if name in row}
+        task.update(step, seen, None, **shown)
 
     return show
 

@@ -25,7 +25,7 @@ class Validation:
         table: Their packed rows.
         attach: Adds the columns that the objective needs.
         stage_dir: Where validation.jsonl is; rank 0 writes.
-        start: Steps done before this attempt: later lines are dropped and written anew.
+        start: Steps done before this attempt: later lines, and at 0 all, are dropped and written anew.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Validation:
         assert job.validation is not None
         self._every, self._micro_batch = job.validation.every_steps, job.micro_batch
         self._table, self._stepper, self._pad, self._attach = table, stepper, pad, attach
-        self._log = MetricsLog(stage_dir, start, LOG) if stepper.world.is_main else None
+        self._log = MetricsLog(stage_dir, start or -1, LOG) if stepper.world.is_main else None
 
     def due(self, step: int, total: int) -> bool:
         """Whether the rows are scored after so many steps: before the first, every N, and at the end."""

@@ -43,6 +43,7 @@ def reasons_of(rows: list[dict[str, Any] | None], layout) -> list[tuple[str, str
         (["instruction", "context", "response"], "alpaca"),
         (["messages", "id"], "messages"),
         (["conversations"], "sharegpt"),
+        (["prompt", "chosen", "rejected", "messages"], "preference"),
         (["prompt", "id"], "prompt"),
         (["instruction", "input"], "prompt"),
         (["text"], "text"),
@@ -51,6 +52,36 @@ def reasons_of(rows: list[dict[str, Any] | None], layout) -> list[tuple[str, str
 )
 def test_columns_tell_the_layout(columns, layout):
     assert detect(columns) == layout
+
+
+HH = "\n\nHuman: hi\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "chosen": "hello", "rejected": "no"},
+        {"chosen": f"{HH}hello", "rejected": f"{HH}no"},
+        {"prompt": HH, "chosen": "hello", "rejected": "no"},
+        {"prompt": chat(U), "chosen": chat(A), "rejected": chat(("assistant", "no"))},
+        {"prompt": "hi", "chosen": chat(U, A), "rejected": chat(U, ("assistant", "no"))},
+    ],
+    ids=["texts", "transcripts", "transcript prompt", "messages after a prompt", "whole messages"],
+)
+def test_preference_rows_are_a_chat_and_the_answer_that_lost(row):
+    (record,), quarantined = parse([RawRow(0, {**row, "source": "hh"})], "s", "preference")
+    assert quarantined == []
+    assert record.messages == tuple(chat(U, A))
+    assert (record.rejected, record.meta) == ("no", {"source": "hh"})
+
+
+def test_a_transcript_has_many_turns_and_a_system_message_comes_first():
+    talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: what is\n\nthis?\n\nAssistant: "
+    row = {"chosen": talk + "a list:\n\n1. one", "rejected": talk + "nothing", "system": "be kind"}
+    (record,), _ = parse([RawRow(0, row)], "s", "preference")
+    assert record.messages == tuple(
+        chat(("system", "be kind"), U, A, ("user", "what is\n\nthis?"), ("assistant", "a list:\n\n1. one"))
+    )
 
 
 def test_no_layout_is_one_clear_error():
@@ -121,6 +152,13 @@ def test_text_rows_have_no_messages():
         ("messages", {"messages": [{"role": "user"}]}, "bad_row"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "hi"}]}, "bad_roles"),
         ("sharegpt", {"conversations": None}, "bad_row"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": None}, "no_pair"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": " "}, "no_pair"),
+        ("preference", {"prompt": "q", "chosen": None, "rejected": "b"}, "no_answer"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": 1}, "bad_row"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "bad_roles"),
+        ("preference", {"chosen": [*chat(U, A)], "rejected": [*chat(("user", "ho"), A)]}, "no_common_prompt"),
+        ("preference", {"chosen": f"{HH}no", "rejected": "\n\nHuman: ho\n\nAssistant: no"}, "no_common_prompt"),
         ("prompt", {"prompt": ""}, "empty_prompt"),
         ("prompt", {"other": "x"}, "empty_prompt"),
         ("text", {"text": " "}, "empty_text"),
@@ -135,6 +173,7 @@ def test_unusable_rows_are_quarantined_with_a_reason(layout, row, reason):
         "alpaca": {"instruction": "q", "output": "a"},
         "messages": {"messages": chat(U, A)},
         "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
         "prompt": {"prompt": "q"},
         "text": {"text": "t"},
         "records": {"source": "s", "position": 9, "text": "t"},

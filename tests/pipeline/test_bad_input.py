@@ -143,7 +143,7 @@ def test_zero_supervised_tokens(session, tmp_path):
     file = tmp_path / "unanswered.jsonl"
     file.write_text(json.dumps({"messages": GOOD["messages"][:1]}))
     message = refusal(session, "train", TrainJob, train_tree(file, name="silent"))
-    assert "no supervised token" in message
+    assert "no row is left to train on: every one is rejected as no_answer" in message
     assert "data" in message
 
 

@@ -124,17 +124,26 @@ def test_a_mean_of_means_is_caught(figures, folder, tmp_path, monkeypatch):
     assert wrong[1][0] != pytest.approx(figures["sft", *PLAIN][1][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path, strategy):
-    records = tiny.chats(1)
-    alone = tiny.job(folder, steps=2, batch=1, strategy={"type": strategy})
-    train_local(alone, records, str(tmp_path / "one"))
-    prepare_locally(alone, records, str(tmp_path / "two"))
+ALONE = list(itertools.product(OBJECTIVES, ("ddp", "fsdp2", "zero3")))
+
+
+def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path):
+    """One document a step for two ranks, against one process by ddp."""
+    jobs, one = [], []
+    for objective, strategy in ALONE:
+        config, rows = OBJECTIVES[objective]
+        settings = {"steps": 2, "batch": 1, "objective": config}
+        stage = tmp_path / objective / strategy
+        if strategy == "ddp":
+            train_local(tiny.job(folder, **settings), rows(1), str(stage / "one"))
+        one.append([(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path / objective / "ddp" / "one"))])
+        jobs.append((tiny.job(folder, **settings, strategy=STRATEGIES[strategy]), str(stage / "two")))
+        prepare_locally(jobs[-1][0], rows(1), jobs[-1][1])
     started = time.monotonic()
-    (two, _) = run_ranks(2, train_cases, [(alone, str(tmp_path / "two"))], timeout=60)
-    assert time.monotonic() - started < 60
-    one = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path / "one"))]
-    torch.testing.assert_close(two[0], one, rtol=1e-5, atol=0)
+    (two, _) = run_ranks(2, train_cases, jobs, timeout=120)
+    assert time.monotonic() - started < 120
+    for case, found, expected in zip(ALONE, two, one, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda text, case=case: f"{case}: {text}")
 
 
 @pytest.mark.parametrize(

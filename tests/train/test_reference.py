@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import run_ranks
 
 from itune_ray.data.records import Record
 from itune_ray.errors import TrainError
-from itune_ray.train.loop import train_local
+from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
+from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.rows import VALIDATION, validation_job
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,58 @@ def test_held_out_pairs_are_scored_before_along_and_after(folder, tmp_path):
     assert rows[0]["reward_accuracy"] == 0.5, "all pairs tie"
     assert rows[-1]["low"] <= rows[-1]["reward_accuracy"] <= rows[-1]["high"]
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_held_out_scores_of_an_interrupted_run_are_those_of_the_whole(folder, tmp_path):
+    """Interrupted before the first checkpoint and again between two, under sharding and bf16."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed_after(step):
+        def on_progress(done, total, row):
+            if done == step:
+                assert row["held_out_loss"] > 0
+                raise Killed
+
+        return on_progress
+
+    settings = {"strategy": {"type": "fsdp2"}, "precision": "bf16", "checkpoint": {"every_steps": 3}, "steps": 5}
+    job = dpo_job(folder, **settings, **HELD_OUT)
+    rows, held_out = pairs(24), pairs(10, first=24)
+    train_local(job, rows, str(tmp_path / "whole"), held_out=held_out)
+    for step in (2, 4):
+        with pytest.raises(Killed):
+            train_local(job, rows, str(tmp_path / "parts"), killed_after(step), held_out=held_out)
+    train_local(job, rows, str(tmp_path / "parts"), held_out=held_out)
+    one, other = ((tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "parts"))
+    assert one == other
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "whole")[0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def pause(job, stage, step):
+    train_rank(job, prepare_locally(job, [], stage), stage, stop_at=step)
+
+
+@pytest.mark.real
+def test_two_ranks_write_a_reference_that_one_continues_with(folder, tmp_path):
+    job = dpo_job(folder, strategy={"type": "fsdp2"}, **HELD_OUT)
+    rows, held_out = pairs(24), pairs(10, first=24)
+    train_local(job, rows, str(tmp_path / "whole"), held_out=held_out)
+    prepare_locally(job, rows, str(tmp_path / "parts"))
+    prepare_locally(validation_job(job), held_out, str(tmp_path / "parts" / VALIDATION))
+    run_ranks(2, pause, job, str(tmp_path / "parts"), 2)
+    reference = tmp_path / "parts" / "reference"
+    assert sorted(p.name for p in reference.iterdir()) == ["complete.json", "part-00000.parquet", "part-00001.parquet"]
+    written = {part: part.stat().st_mtime_ns for part in reference.iterdir()}
+    train_local(job, rows, str(tmp_path / "parts"))
+    assert written == {part: part.stat().st_mtime_ns for part in reference.iterdir()}
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        one, other = (read_metrics(str(tmp_path / run), name) for run in ("whole", "parts"))
+        assert [row["step"] for row in one] == [row["step"] for row in other]
+        for key in ("loss", "reward_chosen", "reward_rejected"):
+            assert [r[key] for r in other] == pytest.approx([r[key] for r in one], rel=1e-5, abs=2e-5), (name, key)
 
 
 def test_held_out_rows_change_nothing_in_the_training(folder, tmp_path):

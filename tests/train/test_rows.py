@@ -4,7 +4,7 @@ import pytest
 
 from itune_ray.config.shared import FileSource, MixturePart
 from itune_ray.errors import DataError
-from itune_ray.train.rows import read_mixture
+from itune_ray.train.rows import read_held_out, read_mixture
 
 
 @pytest.fixture
@@ -42,3 +42,8 @@ def test_on_equal_content_the_row_of_the_higher_priority_stays(part):
 def test_the_same_source_twice_is_refused(part):
     with pytest.raises(DataError, match="rows of the same key"):
         read_mixture([part("one", ["a"]), part("one", ["a"])])
+
+
+def test_a_held_out_row_counts_once_whatever_its_weight(part):
+    rows, _ = read_held_out([part("manual", ["a", "b"], weight=2.5), part("other", ["c"], weight=0.1)])
+    assert [row.weight for row in rows] == [1.0] * 3

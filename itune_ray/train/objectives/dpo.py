@@ -50,7 +50,8 @@ class Dpo:
     def __call__(self, scores: TokenScores, batch: Batch) -> Loss:
         """Sums over the pairs of a micro-batch; segments alternate between chosen and rejected."""
         log_probs = segment_log_probs(scores, batch)
-        rewards = self.config.beta * (log_probs - batch.columns[REFERENCE])
+        reference = batch.columns.get(REFERENCE, log_probs.new_zeros(0))  # none in the dummy of a rank without rows
+        rewards = self.config.beta * (log_probs - reference)
         chosen, rejected = rewards[0::2], rewards[1::2]
         margin = chosen - rejected
         epsilon = self.config.label_smoothing
