@@ -56,6 +56,16 @@ def fingerprint(path: str) -> str:
     return "sha256:" + (_files_digest(folder.path, "*") if folder.is_local else _remote_digest(folder))
 
 
+def named(path: str) -> str:
+    """How rows name a model or an adapter: by artifact id and payload where it lies in an artifact, so that equal runs
+    in two places make equal tables; else as it was given."""
+    if path.startswith("playground://"):
+        return path
+    folder = Folder.at(path)
+    inside = artifact_of(folder) if "://" in path or folder.exists() else None
+    return path if inside is None else f"artifact:{inside}"
+
+
 def source_identity(import_path: str) -> str:
     """What `module:name` stands for: the source of its module."""
     return "source:" + _source_digest(import_path)

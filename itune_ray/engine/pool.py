@@ -14,7 +14,7 @@ from typing import Any
 from itune_ray import cluster
 from itune_ray.config.base import digest
 from itune_ray.config.shared import ModelRef, PoolConfig, ServedModel, VllmEngineConfig
-from itune_ray.data.fingerprint import content_identity
+from itune_ray.data.fingerprint import content_identity, named
 from itune_ray.engine.base import Completion, EngineDiedError, Request, Sampling
 from itune_ray.engine.llm import EngineLlm
 from itune_ray.engine.replica import Replica, ReplicaInfo
@@ -73,7 +73,7 @@ class PoolClient:
             stage: Names the use; part of the seeds and of the request ids.
             adapter: LoRA adapter folder to answer with.
         """
-        model = f"{self.model}+{adapter}" if adapter else self.model
+        model = f"{self.model}+{named(adapter)}" if adapter else self.model
         ref = self._ref
         return EngineLlm(self, model=model, sampling=sampling, seed=seed, stage=stage, adapter=adapter, ref=ref)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
+from itune_ray.data.fingerprint import named
 from itune_ray.data.hub import read_config, resolve
 from itune_ray.engine.adapters import AdapterSlots
 from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, one_line
@@ -59,7 +60,7 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         folder = resolve(model.path, revision=model.revision)
         tokenizer = resolve(model.tokenizer, kind="tokenizer").path if model.tokenizer else folder.path
-        self.name = f"{model.path}@{folder.revision or folder.fingerprint}"
+        self.name = f"{named(model.path)}@{folder.revision or folder.fingerprint}"
         encoder = load_tokenizer(tokenizer, model)
         self._backend = _load(config, model, folder.path, tokenizer)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)

@@ -68,39 +68,42 @@ _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 
 
 def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], colours: Mapping[str, str]) -> str:
-    """Every share with its interval: benchmarks down, models side by side; empty where no score is a share.
+    """Every share with its interval: a group of lines per benchmark, a line per model; empty where no score is a share.
 
     Args:
         scores: Model -> benchmark -> score.
         colours: Model -> `before`, `after` or `muted`.
     """
     names = list(dict.fromkeys(n for per in scores.values() for n, s in per.items() if s["unit"] == "share"))
-    models = [model for model, per in scores.items() if set(per) & set(names)]
     if not names:
         return ""
+    lines: list[tuple[str, Mapping[str, Any] | None, str]] = []
+    for name in names:
+        asked = [model for model in scores if name in scores[model]]
+        lines += [(name, None, "ink"), *((_told(m, colours), scores[m][name], colours[m]) for m in asked)]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.45 + len(names) * (0.22 + 0.2 * len(models)))
-        for row, model in enumerate(models):
-            points = [(i, scores[model][name]) for i, name in enumerate(names) if name in scores[model]]
-            shift = (row - (len(models) - 1) / 2) * 0.62 / max(1, len(models) - 1) if len(models) > 1 else 0
-            _whiskers(axes, points, shift, VARIABLES[colours[model]])
-        axes.set(xlim=(-0.015, 1.015), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)), yticklabels=names)
+        figure, axes = _figure(0.45 + 0.21 * len(lines))
+        for place, (_, score, colour) in enumerate(lines):
+            if score is not None:
+                _whisker(axes, place, score, VARIABLES[colour])
+        axes.set(xlim=(-0.015, 1.015), ylim=(len(lines) - 0.4, -0.6), yticks=range(len(lines)))
+        for label, (_, score, _) in zip(axes.set_yticklabels([text for text, *_ in lines]), lines, strict=True):
+            label.set(fontweight="bold" if score is None else "normal")
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="y", visible=False)
         return inline(figure, "Scores of every model on every benchmark with 95 percent intervals")
 
 
-def _whiskers(axes: Axes, points: Sequence[tuple[int, Mapping[str, Any]]], shift: float, colour: str) -> None:
-    for place, score in points:
-        axes.plot(
-            [score["low"], score["high"]],
-            [place + shift] * 2,
-            color=colour,
-            linewidth=3,
-            alpha=0.45,
-            solid_capstyle="round",
-        )
-        axes.plot([score["value"]], [place + shift], "o", color=colour, markersize=7)
+def _told(model: str, colours: Mapping[str, str]) -> str:
+    """A model's name, and whether it is the one before or after."""
+    paired = {"before", "after"} <= set(colours.values())
+    return f"{model} ({colours[model]})" if paired and colours[model] != "muted" else model
+
+
+def _whisker(axes: Axes, place: int, score: Mapping[str, Any], colour: str) -> None:
+    bounds = [score["low"], score["high"]]
+    axes.plot(bounds, [place] * 2, color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
+    axes.plot([score["value"]], [place], "o", color=colour, markersize=6)
 
 
 def families_figure(before: Mapping[str, Any], after: Mapping[str, Any], labels: tuple[str, str]) -> str:

@@ -21,7 +21,7 @@ from itune_ray.report.compare import (
     headline,
     verdict,
 )
-from itune_ray.report.sections import distillation, inventions, preference, pruning, stated_pairs, sweeps
+from itune_ray.report.sections import compared_pairs, distillation, inventions, preference, pruning, stated, sweeps
 from itune_ray.report.summary import Scores
 
 MAX_REPLY = 600
@@ -38,10 +38,17 @@ class Figure:
     tone: str = ""
 
 
-def render(run: Run, job: ReportJob, command: str, when: str) -> str:
+def pairs_of(run: Run, job: ReportJob) -> list[Comparison]:
+    """The comparisons of model against model that the page states."""
+    pair = chosen_models(run, job)
+    return compared_pairs(run, [*([pair] if pair and _many(run) else []), *job.pairs], job.seed)
+
+
+def render(run: Run, job: ReportJob, pairs: Sequence[Comparison], command: str, when: str) -> str:
     """The whole page.
 
     Args:
+        pairs: See `pairs_of`.
         command: The command line that made the run.
         when: Date and time to print.
     """
@@ -64,7 +71,7 @@ def render(run: Run, job: ReportJob, command: str, when: str) -> str:
         "scores_svg": figures.scores_figure(*_coloured(run, pair)),
         "families_svg": _families(main),
         "samples": _samples(main, job),
-        "pairs": stated_pairs(run, [*([pair] if pair and _many(run) else []), *job.pairs], job.seed),
+        "pairs": [stated(comparison) for comparison in pairs],
         "many": _many(run),
         "training": _training(run),
         "inventions": inventions(run),

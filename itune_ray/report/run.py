@@ -10,11 +10,11 @@ from itune_ray.config.report import ReportJob
 from itune_ray.data.artifact import Artifact, RunStore, open_artifact
 from itune_ray.observe.progress import Progress
 from itune_ray.report.collect import collect
-from itune_ray.report.page import render
+from itune_ray.report.page import pairs_of, render
 from itune_ray.report.summary import summarise
 from itune_ray.report.tables import tables_csv
 
-VERSION = "2"
+VERSION = "3"
 """Of the page's content: part of the artifact's identity."""
 
 
@@ -32,9 +32,10 @@ def run(job: ReportJob, runs: RunStore, stage: str, engines: object, progress: P
     if not artifact.complete:
         with progress.task("report", len(inputs), "stages") as task:
             collected = collect(inputs, skipped)
-            page = render(collected, job, command_line(sys.argv), time.strftime("%Y-%m-%d %H:%M"))
+            pairs = pairs_of(collected, job)
+            page = render(collected, job, pairs, command_line(sys.argv), time.strftime("%Y-%m-%d %H:%M"))
             artifact.folder.write_bytes("report.html", page.encode())
-            artifact.folder.write_bytes("tables.csv", tables_csv(collected).encode())
+            artifact.folder.write_bytes("tables.csv", tables_csv(collected, pairs).encode())
             artifact.folder.write_json("summary.json", summarise(inputs, skipped))
             task.update(len(inputs))
         artifact.finish(rows=len(inputs))

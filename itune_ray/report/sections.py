@@ -8,18 +8,18 @@ from itune_ray.errors import ConfigError, did_you_mean
 from itune_ray.report import curves
 from itune_ray.report import format as shown
 from itune_ray.report.collect import Row, Run, Stage
-from itune_ray.report.compare import compare
+from itune_ray.report.compare import Comparison, compare
 
 Section = dict[str, Any]
 
 
-def stated_pairs(run: Run, pairs: Sequence[tuple[str, str]], seed: int) -> list[Section]:
-    """For each pair of models a sentence per common score: the paired difference, and whether it can be told from 0.
+def compared_pairs(run: Run, pairs: Sequence[tuple[str, str]], seed: int) -> list[Comparison]:
+    """For each pair of models their common scores, with paired differences where the items are the same.
 
     Raises:
         ConfigError: A pair names a model that nothing scored.
     """
-    found: list[Section] = []
+    found: list[Comparison] = []
     for before, after in pairs:
         for name in (before, after):
             if name not in run.scores:
@@ -27,24 +27,25 @@ def stated_pairs(run: Run, pairs: Sequence[tuple[str, str]], seed: int) -> list[
                 raise ConfigError(
                     f"no stage scored this model{hint}", got=name, allowed=", ".join(run.scores), knob="pairs"
                 )
-        for c in compare(run, before, after, row_seed(seed, "report.pairs", f"{before}/{after}")):
-            if c.difference is None:
-                continue
-            unit, d = c.score["unit"], c.difference
-            certain = not d.low <= 0 <= d.high
-            found.append(
-                {
-                    "before": before,
-                    "after": after,
-                    "score": c.name,
-                    "values": f"{shown.score(c.earlier['value'], unit)} → {shown.score(c.score['value'], unit)}",
-                    "difference": shown.points(d.value, unit),
-                    "interval": f"{shown.points(d.low, unit)} to {shown.points(d.high, unit)}",
-                    "n": len(c.pairs),
-                    "verdict": ("rises" if d.value > 0 else "falls") if certain else "no reliable difference",
-                }
-            )
-    return found
+        found += compare(run, before, after, row_seed(seed, "report.pairs", f"{before}/{after}"))
+    return [comparison for comparison in found if comparison.difference is not None]
+
+
+def stated(comparison: Comparison) -> Section:
+    """The paired difference in words, and whether it can be told from 0."""
+    c, unit, d = comparison, comparison.score["unit"], comparison.difference
+    assert d is not None
+    certain = not d.low <= 0 <= d.high
+    return {
+        "before": c.before,
+        "after": c.after,
+        "score": c.name,
+        "values": f"{shown.score(c.earlier['value'], unit)} → {shown.score(c.score['value'], unit)}",
+        "difference": shown.points(d.value, unit),
+        "interval": f"{shown.points(d.low, unit)} to {shown.points(d.high, unit)}",
+        "n": len(c.pairs),
+        "verdict": ("rises" if d.value > 0 else "falls") if certain else "no reliable difference",
+    }
 
 
 def preference(stage: Stage) -> Section | None:

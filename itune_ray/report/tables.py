@@ -2,10 +2,12 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from itune_ray.report.collect import Run, Stage
+from itune_ray.config.axes import told
+from itune_ray.report.collect import Row, Run, Stage
+from itune_ray.report.compare import Comparison
 
 COLUMNS: tuple[str, ...] = (
     "table",
@@ -20,17 +22,27 @@ COLUMNS: tuple[str, ...] = (
     "n",
     "unit",
 )
-"""table: scores, categories, groups, funnel, stages, parameters or training. Columns that do not apply are empty."""
+"""table: scores, categories, groups, pairs, funnel, stages, parameters, training, validation, compression or sweep; in
+pairs, `slice` is the model before. Columns that do not apply are empty."""
+_BOOKKEEPING = frozenset({"step", "epoch", "tokens", "seconds", "tokens_per_s", "n", "low", "high"})
+"""Of a line of metrics.jsonl or validation.jsonl: what is no figure of its own."""
+_PROPORTIONS = frozenset({"reward_accuracy"})
+"""Metrics whose interval stands beside them in validation.jsonl."""
 
 Line = dict[str, Any]
 
 
-def tables_csv(run: Run) -> str:
-    """The whole file."""
+def tables_csv(run: Run, pairs: Sequence[Comparison] = ()) -> str:
+    """The whole file.
+
+    Args:
+        pairs: Model against model, on the same items.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines(run))
+    writer.writerows(_pair_line(comparison) for comparison in pairs)
     return out.getvalue()
 
 
@@ -43,6 +55,10 @@ def lines(run: Run) -> Iterator[Line]:
         yield from _stage_lines(stage)
         yield from _funnel_lines(stage)
         yield from _training_lines(stage)
+        yield from _metric_lines(stage, "training", stage.metrics)
+        yield from _metric_lines(stage, "validation", stage.validation)
+        yield from _compression_lines(stage)
+        yield from _sweep_lines(stage)
 
 
 def _score_lines(model: str, name: str, score: Mapping[str, Any]) -> Iterator[Line]:
@@ -94,13 +110,50 @@ def _training_lines(stage: Stage) -> Iterator[Line]:
             "name": "ratio",
             "value": matrix["ratio"],
         }
-    for entry in stage.metrics:
-        for name in ("loss", "grad_norm", "lr"):
-            if name in entry:
-                yield {
-                    "table": "training",
-                    "stage": stage.name,
-                    "slice": entry["step"],
-                    "name": name,
-                    "value": entry[name],
-                }
+
+
+def _metric_lines(stage: Stage, table: str, entries: Sequence[Row]) -> Iterator[Line]:
+    for entry in entries:
+        shared = {"table": table, "stage": stage.name, "slice": entry.get("step")}
+        for name, value in entry.items():
+            if name in _BOOKKEEPING or not isinstance(value, (int, float)):
+                continue
+            interval = _figures({"value": value, **entry}) if name in _PROPORTIONS and "low" in entry else {}
+            yield {**shared, "name": name, "value": value, **interval}
+
+
+def _compression_lines(stage: Stage) -> Iterator[Line]:
+    facts: Row = stage.compression or {}
+    for when in ("before", "after") if facts else ():
+        shared = {"table": "compression", "stage": stage.name, "slice": when}
+        for part, number in facts["parameters"][when].items():
+            yield {**shared, "name": f"parameters/{part}", "value": number}
+        yield {**shared, "name": "bytes", "value": facts["bytes"][when], "unit": "bytes"}
+        if facts["tokens_per_s"]:
+            yield {**shared, "name": "tokens_per_s", "value": facts["tokens_per_s"][when], "unit": "tokens/s"}
+
+
+def _sweep_lines(stage: Stage) -> Iterator[Line]:
+    sweep: Row = stage.sweep or {}
+    for trial in sweep.get("trials", ()):
+        shared = {"table": "sweep", "stage": stage.name, "slice": told(trial["axes"])}
+        yield {**shared, "name": sweep["metric"], **_figures(trial["score"])}
+        for name in ("steps", "parameters", "trainable", "tokens_per_s"):
+            yield {**shared, "name": name, "value": trial[name]}
+
+
+def _pair_line(comparison: Comparison) -> Line:
+    d = comparison.difference
+    assert d is not None
+    return {
+        "table": "pairs",
+        "model": comparison.after,
+        "benchmark": comparison.name,
+        "slice": comparison.before,
+        "name": "difference",
+        "value": d.value,
+        "low": d.low,
+        "high": d.high,
+        "n": len(comparison.pairs),
+        "unit": comparison.score["unit"],
+    }

@@ -1,7 +1,5 @@
 """The loop on the real stack: vLLM, Ray Data, Ray Train, a killed driver, a second run that has nothing to do."""
 
-import hashlib
-import json
 import os
 import signal
 from collections import Counter
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from runs import commits, losses, table_hash
 
 pytestmark = pytest.mark.real
 
@@ -68,24 +67,6 @@ def loop(name: str, root: Path, rows: int = 1500) -> dict:
             },
         },
     }
-
-
-def table_hash(folder: Path) -> str:
-    """Hash of a published table, sorted by key: equal tables, equal hash."""
-    rows = sorted(pq.read_table(folder).to_pylist(), key=lambda r: r["key"])
-    return hashlib.sha256(json.dumps(rows, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def losses(stage: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, grad norm) of a training, each step once, the last writing of a step counting."""
-    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    last = {line["step"]: (line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
-    return [last[step] for step in sorted(last)]
-
-
-def commits(stage_glob: list[Path]) -> list[Path]:
-    """Ledger commits of a stage under way."""
-    return [file for stage in stage_glob for file in sorted((stage / "ledger").glob("commit-*.parquet"))]
 
 
 @pytest.fixture(scope="module")

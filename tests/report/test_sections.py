@@ -1,5 +1,7 @@
 """Preference tuning, inventions, pruning and sweeps on the page: there when their artifacts are, and their numbers."""
 
+import csv
+import io
 import json
 import math
 
@@ -140,6 +142,27 @@ def test_each_section_shows_its_artifacts_numbers(run):
     assert "4 trials 1 stopped early 2 for 2 model shapes engines started" in text
     assert "16 0.0 85.0 % 82.0 – 88.0 · n 500 150 completed unbeaten 890,000 14,400" in text
     assert page_of(folder).count("<svg") >= 8
+
+
+def test_tables_hold_what_the_sections_show(run):
+    for add in (add_dpo, add_invented, add_pruned, add_sweep):
+        add(run)
+    artifact, _ = make(run, pairs=(("base", "sft"),))
+    lines = list(csv.DictReader(io.StringIO(artifact.folder.read_bytes("tables.csv").decode())))
+
+    def values(table, name, **where):
+        found = [line for line in lines if (line["table"], line["name"]) == (table, name)]
+        return [line for line in found if all(line[key] == value for key, value in where.items())]
+
+    accuracy = values("validation", "reward_accuracy", slice="60")
+    assert [(a["value"], a["low"], a["n"]) for a in accuracy] == [("0.7", "0.62", "120")]
+    assert len(values("training", "reward_margin", stage="dpo")) == 60
+    assert [line["value"] for line in values("compression", "parameters/total")] == ["1000", "777"]
+    assert [line["value"] for line in values("compression", "tokens_per_s")] == ["3411.0", "3977.0"]
+    (best,) = values("sweep", "exact match", slice="train.model.peft.rank=16, compress.method.sparsity=0.0")
+    assert (best["value"], best["n"]) == ("0.85", "500")
+    pair = values("pairs", "difference", model="sft", slice="base")[0]
+    assert float(pair["low"]) <= float(pair["value"]) <= float(pair["high"])
 
 
 def test_pairs_of_models_are_stated_and_a_wrong_name_is_one_line(run):

@@ -1,0 +1,26 @@
+"""What tests read from the folder of a run."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+
+def table_hash(folder: Path) -> str:
+    """Hash of a published table, sorted by key: equal tables, equal hash."""
+    rows = sorted(pq.read_table(folder).to_pylist(), key=lambda r: r["key"])
+    return hashlib.sha256(json.dumps(rows, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def losses(stage: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, grad norm) of a training, each step once, the last writing of a step counting."""
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    last = {line["step"]: (line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
+    return [last[step] for step in sorted(last)]
+
+
+def commits(stages: Iterable[Path]) -> list[Path]:
+    """Ledger commits of stages under way."""
+    return [file for stage in stages for file in sorted(stage.rglob("commit-*.parquet"))]
