@@ -21,7 +21,7 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Llm
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key
+from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
@@ -157,10 +157,12 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
     for served in {pool_key(model): model for model in models}.values():
         held.update(Counter(engines.held_with(served)) - Counter(engines.held))
     replicas = sum(model.pool.replicas for model in models)
+    held.update(scaled(workers.each, workers.num))
     cluster.require(
-        {**held, "CPU": held.get("CPU", 0.0) + workers.num * workers.cpus_each},
+        held,
         f"{replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
         "workers.num, workers.cpus_each, teacher.pool.cpus_each or run.ray.num_cpus",
+        workers.each,
     )
 
 
@@ -180,6 +182,8 @@ def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each or None,
+            resources=workers.resources_each or None,
             compute=ActorPoolStrategy(
                 size=min(workers.num, len(blocks)),
                 max_tasks_in_flight_per_actor=workers.blocks_in_flight,
