@@ -1,15 +1,14 @@
-"""The connection to Ray, and the check that a cluster can hold what a stage is about to ask for."""
+"""[Ray] The connection to Ray."""
 
 import logging
 import os
 import socket
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
+from itune_ray import room
 from itune_ray.config.shared import RayConfig
 from itune_ray.errors import ClusterError
+from itune_ray.nodes import node_kinds
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
 
 MIN_LOGICAL_CPUS = 8
@@ -27,11 +26,13 @@ def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -
 
     if ray.is_initialized():
         return
+    kinds = node_kinds(config)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if in_submitted_job():
         link = _link(ray.init(log_to_driver=False, logging_level=logging.WARNING))
     else:
         link = _join(address) if address else _start_local(config)
+    room.may_grow_to(kinds if address or in_submitted_job() else ())
     if link:
         say(f"Ray dashboard: {link}")
 
@@ -88,152 +89,6 @@ def _link(context: object) -> str | None:
 def in_submitted_job() -> bool:
     """Whether this driver was started by Ray's job submission, whose working directory is thrown away afterwards."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def require(needed: Mapping[str, float], what: str, knob: str, each: Mapping[str, float] | None = None) -> None:
-    """Refuse at once what would otherwise wait for ever.
-
-    Args:
-        needed: Resources that must be held at the same time, e.g. {"CPU": 3.0}.
-        what: Who asks, for the message.
-        knob: The config path that makes the ask smaller.
-        each: What one process takes: some node must be able to hold it.
-
-    Raises:
-        ClusterError: The whole cluster, with every node that its autoscaler may add, has less than that.
-    """
-    shapes = node_shapes()
-    grown = "and can grow to " if any(shape.can_be_added for shape in shapes) else ""
-    limits = capacity()
-    for name, amount in needed.items():
-        have = limits.get(name, 0.0)
-        if amount > have + EPSILON:
-            raise ClusterError(
-                f"{what} needs {amount:g} {name}, and the cluster has {grown}{have:g}",
-                allowed=f"at most {have:g} {name}, or a larger cluster",
-                knob=knob,
-            )
-    if each and not any(shape.holds(each) for shape in shapes):
-        told = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
-        largest = "; ".join(sorted({shape.told(each) for shape in shapes}))
-        raise ClusterError(
-            f"{what} needs nodes that hold {told} together, and no node of the cluster does",
-            allowed=f"what a node has: {largest or 'there is no node'}",
-            knob=knob,
-        )
-
-
-def fits(needed: Mapping[str, float]) -> bool:
-    """Whether the cluster at its largest could hold so much at once."""
-    limits = capacity()
-    return all(amount <= limits.get(name, 0.0) + EPSILON for name, amount in needed.items())
-
-
-EPSILON = 1e-9
-
-
-@dataclass(frozen=True)
-class NodeShape:
-    """A node, or a kind of node that the autoscaler may add."""
-
-    resources: Mapping[str, float]
-    can_be_added: bool
-
-    def holds(self, bundle: Mapping[str, float]) -> bool:
-        """Whether an empty node of this shape has room for the bundle."""
-        return all(self.resources.get(name, 0.0) + EPSILON >= amount for name, amount in bundle.items())
-
-    def told(self, bundle: Mapping[str, float]) -> str:
-        """What it has of the bundle's resources."""
-        return ", ".join(f"{self.resources.get(name, 0.0):g} {name}" for name in bundle)
-
-
-def node_shapes() -> list[NodeShape]:
-    """The living nodes, and the kinds of node that an autoscaler has announced."""
-    import ray
-
-    alive = [NodeShape(node["Resources"], False) for node in ray.nodes() if node["Alive"]]
-    return alive + [NodeShape(dict(group.resources), True) for group in _announced() if group.max_count != 0]
-
-
-def capacity() -> dict[str, float]:
-    """All resources of the cluster at its largest, busy ones included."""
-    import ray
-    from ray._private.state import state
-
-    now = dict(ray.cluster_resources())
-    most = state.get_max_resources_from_cluster_config() if _announced() else None
-    return {name: max(now.get(name, 0.0), float((most or {}).get(name, 0.0))) for name in {*now, *(most or {})}}
-
-
-def _announced() -> list[Any]:
-    """Node groups of the autoscaler's configuration; none on a cluster of fixed size and under Ray Client."""
-    from ray._private.state import state
-
-    try:
-        config = state.get_cluster_config()
-    except Exception:  # noqa: BLE001  there is no public call, and without the answer the living nodes decide
-        return []
-    return list(config.node_group_configs) if config is not None else []
-
-
-def await_room(
-    bundles: Sequence[Mapping[str, float]],
-    timeout_s: float,
-    what: str,
-    knob: str,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Ask for all bundles at once and return when the cluster can hold them together, having grown where it must.
-
-    The room is free again on return, for whoever asked; nodes stay for the autoscaler's idle time.
-
-    Raises:
-        ClusterError: Not within the deadline; names what was free and what was asked for.
-    """
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
-    try:
-        patience = min(PATIENCE_S, timeout_s)
-        if group.wait(patience):
-            return
-        say(f"waiting for room: {what} ask for {_total(bundles)}")
-        if not group.wait(max(0.0, timeout_s - patience)):
-            raise ClusterError(
-                f"{what} were not placed within {timeout_s:g} s; together they need {_total(bundles)} "
-                f"(free: {_free(bundles)})",
-                knob=knob,
-            )
-    finally:
-        remove_placement_group(group)
-
-
-def beside_driver() -> Any:
-    """Scheduling strategy of small actors that must live as long as the driver: on its own node."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-PATIENCE_S = 5.0
-"""Waits shorter than this are not worth a line."""
-
-
-def _total(bundles: Sequence[Mapping[str, float]]) -> str:
-    total: Counter[str] = Counter()
-    for bundle in bundles:
-        total.update(bundle)
-    return ", ".join(f"{amount:g} {name}" for name, amount in total.items()) or "nothing"
-
-
-def _free(bundles: Sequence[Mapping[str, float]]) -> str:
-    import ray
-
-    free = ray.available_resources()
-    names = dict.fromkeys(name for bundle in bundles for name in bundle)
-    return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in names)
 
 
 def port_in_use(port: int) -> bool:

@@ -65,7 +65,7 @@ def _pruned(
     """The facts, and the rows to measure speeds on."""
     workers = job.workers
     what, knob = "the pruning actor", "workers.cpus_each or workers.gpus_each"
-    engines.make_room(workers.each, workers.each, what, knob, progress.say)
+    engines.make_room(workers.each, workers.each, 1, what, knob, progress.say)
     as_actor: Any = ray.remote(Pruner)
     actor = as_actor.options(
         num_cpus=workers.cpus_each, num_gpus=workers.gpus_each, resources=workers.resources_each

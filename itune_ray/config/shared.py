@@ -222,6 +222,9 @@ class RayConfig(Schema):
     """Start the dashboard with a fresh local Ray."""
     dashboard_port: Positive | None = None
     """Its port; default: 8265 or the next free one."""
+    cluster_file: str | None = None
+    """The file that made the cluster (a launcher's YAML or a RayCluster manifest): asks are checked against the nodes
+    it may add; default: the one that the cluster launcher leaves on the head, else the nodes that are there."""
     roles: Roles = Roles()
     """Where a cluster has nodes for one kind of work each: the custom resource by which they are known."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from itune_ray import cluster
+from itune_ray import cluster, room
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate.board import Board
 from itune_ray.curate.filters.base import GroupFilter, RowFilter, Seen
@@ -254,7 +254,7 @@ def _connect(state: Run) -> None:
     cluster.connect(state.job.run.ray, state.progress.say)
     held, each = Counter(state.engines.held), state.job.workers.each
     held.update(each)
-    cluster.require(held, "curating beside the engines that run", "run.ray.num_cpus or pool.cpus_each", each)
+    room.require(held, "curating beside the engines that run", "run.ray.num_cpus or pool.cpus_each", each)
 
 
 def _blocks(rows: int, job: CurateJob) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from itune_ray import cluster
+from itune_ray import room
 from itune_ray.config.base import digest
 from itune_ray.config.shared import ModelRef, Placement, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.data.fingerprint import content_identity
@@ -269,6 +269,7 @@ class EngineHost:
         self,
         needed: Mapping[str, float],
         each: Mapping[str, float],
+        count: int,
         what: str,
         knob: str,
         say: Callable[[str], None] = lambda line: None,
@@ -276,14 +277,15 @@ class EngineHost:
         """Let something other than engines hold resources: the engines stay, sleep or go, as the placement says.
 
         Args:
-            needed: What it holds in all; `each` is what one of its processes holds.
+            needed: What it holds in all.
+            each: What one of its processes holds, and `count` how many there are at once.
             what: Who asks, for messages.
             knob: The config path that makes the ask smaller.
 
         Raises:
             ClusterError: The cluster can never hold it, or not together with engines that stay.
         """
-        cluster.require(needed, what, knob, each)
+        room.require(needed, what, knob, each, count)
         if not self._pools:
             return
         together = Counter(needed)
@@ -292,8 +294,8 @@ class EngineHost:
             for pool in self._pools.values():
                 pool.sleep()
         if self._placement in ("timeshare", "separate"):
-            cluster.require(together, f"{what} beside the engines", f"{knob}, pool.gpus_each or run.placement")
-        elif self._placement == "restart" or not cluster.fits(together):
+            room.require(together, f"{what} beside the engines", f"{knob}, pool.gpus_each or run.placement")
+        elif self._placement == "restart" or not room.fits(together):
             say(f"engines are given back for {what}, and start again when asked next")
             self.close()
 
@@ -336,11 +338,12 @@ class EngineHost:
 
     def _require_room(self, served: ServedModel) -> None:
         beside = f" beside {len(self._pools)} running pools" if self._pools else ""
-        cluster.require(
+        room.require(
             self.held_with(served),
             f"{served.pool.replicas} engine replicas of {served.model.path}{beside}",
             "pool.replicas, pool.cpus_each, pool.gpus_each or run.ray.num_cpus",
             served.pool.each,
+            served.pool.replicas * shards_of(served),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from itune_ray.benchmarks import benchmarks
 from itune_ray.benchmarks.base import Benchmark, Item
-from itune_ray.cluster import connect, require
+from itune_ray.cluster import connect
 from itune_ray.config.evaluate import EvaluatedModel, EvaluateJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
@@ -19,6 +19,7 @@ from itune_ray.evaluate.answers import answers_table, check_answered, is_settled
 from itune_ray.evaluate.ask import Asked, Question
 from itune_ray.evaluate.score import score_benchmark
 from itune_ray.observe.progress import Progress
+from itune_ray.room import require
 
 
 def run(job: EvaluateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
@@ -116,6 +117,7 @@ def _require_room(job: EvaluateJob, models: Sequence[EvaluatedModel], engines: E
         f"{len(models)} engine pools and {job.workers.num} eval actors beside what the job holds already",
         "workers.num, workers.cpus_each, models.N.pool.cpus_each or run.ray.num_cpus",
         workers.each,
+        workers.num,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from itune_ray import cluster
+from itune_ray import cluster, room
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
@@ -158,11 +158,12 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
         held.update(Counter(engines.held_with(served)) - Counter(engines.held))
     replicas = sum(model.pool.replicas for model in models)
     held.update(scaled(workers.each, workers.num))
-    cluster.require(
+    room.require(
         held,
         f"{replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
         "workers.num, workers.cpus_each, teacher.pool.cpus_each or run.ray.num_cpus",
         workers.each,
+        workers.num,
     )
 
 

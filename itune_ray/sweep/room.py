@@ -30,6 +30,7 @@ def make_room(job: SweepJob, shapes: Shapes, engines: EngineHost, progress: Prog
     engines.make_room(
         _held(job, shapes),
         job.train.workers.each,
+        job.train.workers.num * job.max_concurrent,
         f"a sweep of {len(shapes.served)} engine pools, {job.evaluate.workers.num} eval actors and "
         f"{job.max_concurrent} trials at once",
         "max_concurrent, train.workers.cpus_each, evaluate.pool.cpus_each or run.ray.num_cpus",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
-from itune_ray import cluster
+from itune_ray import cluster, room
 from itune_ray.config.train import TrainJob, TrainWorkers
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.hub import local_model_folder, resolve
@@ -114,8 +114,8 @@ def _make_room(job: TrainJob, engines: EngineHost, say: Callable[[str], None]) -
     workers = job.workers
     needed = {name: amount * workers.num for name, amount in workers.each.items()}
     what, knob = f"{workers.num} training workers", "workers.num, workers.cpus_each or workers.gpus_each"
-    engines.make_room(needed, workers.each, what, knob, say)
-    cluster.await_room([workers.each] * workers.num, workers.start_timeout_s, what, "workers.start_timeout_s", say)
+    engines.make_room(needed, workers.each, workers.num, what, knob, say)
+    room.await_room([workers.each] * workers.num, workers.start_timeout_s, what, "workers.start_timeout_s", say)
 
 
 def _shown(task: Task) -> OnProgress:
@@ -215,7 +215,7 @@ def fit(
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
     if (finished := read_outcome(out)) is not None:
         return finished
-    board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=cluster.beside_driver()).remote()
+    board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=room.beside_driver()).remote()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={

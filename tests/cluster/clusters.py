@@ -18,14 +18,27 @@ import yaml
 RAY = Path(sys.executable).parent / "ray"
 SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 """As in an activated environment: the `python` of an entrypoint is the cluster's."""
-HEAD_ID = "FAKE_HEAD_NODE_ID"
+HEAD_ID, HEAD_TYPE = "FAKE_HEAD_NODE_ID", "ray.head.default"
+EMPTY = [
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+]
+"""What a provider of type `external` has no defaults for."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head that runs: its GCS address, its process, and the environment of whoever joins it."""
+    """A head that runs: its GCS address, the file that made it, its process, the environment of whoever joins it."""
 
     address: str
+    file: str
     pid: int
     environment: Mapping[str, str]
 
@@ -58,8 +71,11 @@ def autoscaling(node_types: Mapping[str, Any], idle_s: float = 5.0) -> Iterator[
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
         },
-        "head_node_type": "head",
-        "available_node_types": {"head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+        "auth": {},
+        "file_mounts": {},
+        **{key: list[str]() for key in EMPTY},
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
         | {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in node_types.items()},
     }
     file = folder / "cluster.yaml"
@@ -80,7 +96,7 @@ def autoscaling(node_types: Mapping[str, Any], idle_s: float = 5.0) -> Iterator[
     command += [f"--port={port}", f"--temp-dir={folder}", f"--autoscaling-config={file}"]
     with running(command, environment, folder) as pid:
         joining = {k: v for k, v in environment.items() if not k.startswith(("RAY_CLOUD", "RAY_OVERRIDE"))}
-        yield Head(f"127.0.0.1:{port}", pid, joining)
+        yield Head(f"127.0.0.1:{port}", str(file), pid, joining)
 
 
 @contextlib.contextmanager

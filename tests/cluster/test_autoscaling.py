@@ -58,9 +58,17 @@ while True:
 
 def itune(head, file, *overrides):
     """The pipeline as a driver on the head."""
-    command = [sys.executable, "-m", "itune_ray", "pipeline", str(file), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "itune_ray",
+        "pipeline",
+        str(file),
+        f"run.ray.cluster_file={head.file}",
+        *overrides,
+    ]
     environment = {**head.environment, "RAY_ADDRESS": head.address}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 class Watch:
@@ -76,6 +84,8 @@ class Watch:
 
     def _read(self):
         for line in self._process.stdout:
+            if not line.startswith("["):
+                continue  # Ray speaks on stdout too
             when, kinds = json.loads(line)
             self.seen.append((when, {kind: kinds.count(kind) for kind in NODE_TYPES}))
 
@@ -144,10 +154,13 @@ def test_what_the_cluster_can_never_hold_is_refused_at_once(head, tmp_path):
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     for override, words in (
-        ([], "needs 3 GPU"),
-        (["steps.distill.teacher.pool={replicas: 1, gpus_each: 2}"], "no node of the cluster does"),
+        ([], "needs 3 times 1 CPU, 1 GPU, 0.001 gpu-infer, each on one node"),
+        (
+            ["steps.distill.teacher.pool={replicas: 5, gpus_each: 1}"],
+            "needs 5 GPU, and the cluster has and can grow to 4",
+        ),
         (["run.ray.roles.infer=gpu-inference"], "gpu-inference, and the cluster has and can grow to 0"),
     ):
         done = itune(head, file, f"output={tmp_path}", *override)
         assert done.returncode == 2, done.stdout + done.stderr
-        assert words in done.stderr
+        assert words in done.stderr, done.stderr

@@ -197,7 +197,7 @@ def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_ho
     greedy = [Request(id="a", sampling=Sampling(max_tokens=8), text="flip the word")]
     pool = host.pool(model)
     before = asyncio.run(pool.client.generate(greedy))
-    host.make_room(HALF, HALF, "one worker", "workers.gpus_each")
+    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
     assert statuses(pool) == ["asleep"]
     wait_until(lambda: free_gpus() == 0.5, "the replica keeps its half of the device")
     with pytest.raises(GenerationError, match="asleep"):
@@ -212,17 +212,17 @@ def test_timeshare_with_fractions_above_a_device_is_refused(placed_host):
     host = placed_host("timeshare")
     host.pool(served(gpus_each=0.8))
     with pytest.raises(ClusterError, match=r"one worker beside the engines needs 1.3 GPU, and the cluster has 1"):
-        host.make_room(HALF, HALF, "one worker", "workers.gpus_each")
+        host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
 
 
 @pytest.mark.real
 def test_separate_refuses_what_does_not_fit_beside_running_engines(placed_host):
     host = placed_host("separate")
     pool = host.pool(served(gpus_each=0.5))
-    host.make_room(HALF, HALF, "one worker", "workers.gpus_each")
+    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
     assert statuses(pool) == ["fake engine, alive"]
     with pytest.raises(ClusterError, match=r"beside the engines needs 1\.5 GPU"):
-        host.make_room({"GPU": 1.0}, {"GPU": 1.0}, "one worker", "workers.gpus_each")
+        host.make_room({"GPU": 1.0}, {"GPU": 1.0}, 1, "one worker", "workers.gpus_each")
 
 
 @pytest.mark.real
@@ -232,7 +232,7 @@ def test_separate_refuses_what_does_not_fit_beside_running_engines(placed_host):
 def test_engines_are_given_back_where_they_must(placed_host, wait_until, placement, needs, stays):
     host, said = placed_host(placement), []
     pool = host.pool(served(gpus_each=0.5))
-    host.make_room({"GPU": needs}, {"GPU": needs}, "one worker", "workers.gpus_each", said.append)
+    host.make_room({"GPU": needs}, {"GPU": needs}, 1, "one worker", "workers.gpus_each", said.append)
     assert bool(host.held) == stays
     assert bool(said) != stays
     wait_until(lambda: free_gpus() == (0.5 if stays else 1.0), "the device is free again")
@@ -253,7 +253,7 @@ def test_only_pools_that_later_work_asks_for_are_kept(placed_host, wait_until):
 
 @pytest.mark.real
 def test_room_is_awaited_for_all_together_and_given_back(ray_session, wait_until):
-    from itune_ray import cluster
+    from itune_ray import room
 
     host = EngineHost()
     host.pool(served(gpus_each=0.5))
@@ -261,9 +261,9 @@ def test_room_is_awaited_for_all_together_and_given_back(ray_session, wait_until
         with pytest.raises(
             ClusterError, match=r"two workers were not placed within 0.3 s; together they need 1 GPU .free: 0.5"
         ):
-            cluster.await_room([HALF, HALF], 0.3, "two workers", "workers.start_timeout_s")
-        cluster.await_room([HALF], 10, "one worker", "workers.start_timeout_s")
+            room.await_room([HALF, HALF], 0.3, "two workers", "workers.start_timeout_s")
+        room.await_room([HALF], 10, "one worker", "workers.start_timeout_s")
     finally:
         host.close()
     wait_until(lambda: free_gpus() == 1.0, "all room is free again")
-    cluster.await_room([HALF, HALF], 10, "two workers", "workers.start_timeout_s")
+    room.await_room([HALF, HALF], 10, "two workers", "workers.start_timeout_s")
