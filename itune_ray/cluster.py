@@ -1,12 +1,14 @@
-"""The connection to Ray, and the check that a cluster can hold what a stage is about to ask for."""
+"""[Ray] The connection to Ray."""
 
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from itune_ray import room
 from itune_ray.config.shared import RayConfig
 from itune_ray.errors import ClusterError
+from itune_ray.nodes import node_kinds
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
 
 MIN_LOGICAL_CPUS = 8
@@ -24,11 +26,13 @@ def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -
 
     if ray.is_initialized():
         return
+    kinds = node_kinds(config)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if in_submitted_job():
         link = _link(ray.init(log_to_driver=False, logging_level=logging.WARNING))
     else:
         link = _join(address) if address else _start_local(config)
+    room.may_grow_to(kinds if address or in_submitted_job() else ())
     if link:
         say(f"Ray dashboard: {link}")
 
@@ -85,30 +89,6 @@ def _link(context: object) -> str | None:
 def in_submitted_job() -> bool:
     """Whether this driver was started by Ray's job submission, whose working directory is thrown away afterwards."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def require(needed: Mapping[str, float], what: str, knob: str) -> None:
-    """Refuse at once what would otherwise wait for ever.
-
-    Args:
-        needed: Resources that must be held at the same time, e.g. {"CPU": 3.0}.
-        what: Who asks, for the message.
-        knob: The config path that makes the ask smaller.
-
-    Raises:
-        ClusterError: The whole cluster, autoscaling aside, has less than that.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    for name, amount in needed.items():
-        have = total.get(name, 0.0)
-        if amount > have + 1e-9:
-            raise ClusterError(
-                f"{what} needs {amount:g} {name}, and the cluster has {have:g}",
-                allowed=f"at most {have:g} {name}, or a larger cluster",
-                knob=knob,
-            )
 
 
 def port_in_use(port: int) -> bool:

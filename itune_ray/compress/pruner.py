@@ -36,7 +36,7 @@ class Pruner:
         self._folder = local_model_folder(ref).path
         tokenizer_folder = resolve(ref.tokenizer, kind="tokenizer").path if ref.tokenizer else self._folder
         self._tokenizer = load_tokenizer(tokenizer_folder, ref.trust_remote_code)
-        self._device = torch.device("cuda" if torch.cuda.is_available() and job.workers.gpus else "cpu")
+        self._device = torch.device("cuda" if torch.cuda.is_available() and job.workers.gpus_each else "cpu")
         self._model = self._load().to(self._device).eval()  # type: ignore[arg-type]
         self._blocks, self._shape = blocks_of(self._model), shape_of(self._model)
         kept_counts(job.method, self._shape)

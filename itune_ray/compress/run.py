@@ -37,7 +37,7 @@ def run(job: CompressJob, runs: RunStore, stage: str, engines: EngineHost, progr
         return artifact
     records = [record for source in job.calibration.data for record in read_source(source).records]
     cluster.connect(job.run.ray, progress.say)
-    facts, asked = _pruned(job, records, artifact.path("model"), stage, progress)
+    facts, asked = _pruned(job, records, artifact.path("model"), stage, engines, progress)
     facts["tokens_per_s"] = None
     if job.speed is not None and asked:
         facts["tokens_per_s"] = _speeds(job, job.speed, artifact.path("model"), asked, engines)
@@ -60,14 +60,16 @@ def version(job: CompressJob) -> dict[str, Any]:
 
 
 def _pruned(
-    job: CompressJob, records: Sequence[Record], out: str, stage: str, progress: Progress
+    job: CompressJob, records: Sequence[Record], out: str, stage: str, engines: EngineHost, progress: Progress
 ) -> tuple[dict[str, Any], list[Record]]:
     """The facts, and the rows to measure speeds on."""
-    cluster.require(
-        {"CPU": job.workers.cpus, "GPU": job.workers.gpus}, "the pruning actor", "workers.cpus or workers.gpus"
-    )
+    workers = job.workers
+    what, knob = "the pruning actor", "workers.cpus_each or workers.gpus_each"
+    engines.make_room(workers.each, workers.each, 1, what, knob, progress.say)
     as_actor: Any = ray.remote(Pruner)
-    actor = as_actor.options(num_cpus=job.workers.cpus, num_gpus=job.workers.gpus).remote(job, records)
+    actor = as_actor.options(
+        num_cpus=workers.cpus_each, num_gpus=workers.gpus_each, resources=workers.resources_each
+    ).remote(job, records)
     try:
         batches, tokens = _result(actor.prepare.remote()), 0
         with progress.task(stage, batches, "batches") as task:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union
 
@@ -50,6 +50,40 @@ def _identity(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_identity(item) for item in typing.cast(Sequence[Any], value)]
     return value
+
+
+def mapped(section: S, change: Callable[[Schema], Schema]) -> S:
+    """The section with every schema in it replaced by what `change` makes of it, the innermost first."""
+    fields = {name: _mapped(getattr(section, name), change) for name in type(section).model_fields}
+    changed = {name: value for name, value in fields.items() if value is not getattr(section, name)}
+    return typing.cast(S, change(section.model_copy(update=changed) if changed else section))
+
+
+def _mapped(value: Any, change: Callable[[Schema], Schema]) -> Any:
+    if isinstance(value, Schema):
+        return mapped(value, change)
+    if isinstance(value, tuple):
+        items = typing.cast(tuple[Any, ...], value)
+        made = tuple(_mapped(item, change) for item in items)
+        return items if all(new is old for new, old in zip(made, items, strict=True)) else made
+    if isinstance(value, dict):
+        entries = typing.cast(dict[Any, Any], value)
+        changed = {key: _mapped(item, change) for key, item in entries.items()}
+        return entries if all(changed[key] is item for key, item in entries.items()) else changed
+    return value
+
+
+def sections(section: Schema, kind: type[S]) -> list[S]:
+    """Every section of a kind inside a section, itself included."""
+    found: list[S] = []
+
+    def note(inner: Schema) -> Schema:
+        if isinstance(inner, kind):
+            found.append(inner)
+        return inner
+
+    mapped(section, note)
+    return found
 
 
 def digest(value: object, length: int = 8) -> str:

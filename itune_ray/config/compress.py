@@ -1,10 +1,11 @@
 """Schema of `itune compress`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from itune_ray.config.base import Schema
+from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import EngineConfig, Job, ModelRef, PoolConfig, Positive, Source, VllmEngineConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -57,11 +58,10 @@ class SpeedConfig(Schema):
     pool: PoolConfig = PoolConfig()
 
 
-class CompressWorkers(Schema):
-    """The actor that measures importance and cuts."""
+class CompressWorkers(Holder):
+    """The one actor that measures importance and cuts."""
 
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    role: ClassVar[Role] = "train"
 
 
 class CompressJob(Job):

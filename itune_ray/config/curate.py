@@ -1,11 +1,12 @@
 """Schema of `itune curate`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from itune_ray.config.base import Schema
 from itune_ray.config.generate import CommitConfig
+from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel
 
 
@@ -128,10 +129,18 @@ AnyFilter = Annotated[
 ]
 
 
+class CurateWorkers(Holder):
+    """Ray Data tasks that apply the filters to one block each."""
+
+    role: ClassVar[Role] = "data"
+
+    cpus_each: Annotated[float, Field(gt=0)] = 1.0
+
+
 class CurateJob(Job):
     """Unite sources (survey eq. 5) and filter them; writes kept/, rejected/ (reason, score) and counts."""
 
-    beside_identity = Job.beside_identity | {"blocks"}
+    beside_identity = Job.beside_identity | {"blocks", "workers"}
 
     inputs: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     filters: tuple[AnyFilter, ...] = ()
@@ -140,3 +149,4 @@ class CurateJob(Job):
     """The job fails when fewer rows are kept: no training on an empty table, hours later."""
     blocks: Positive = 8
     """Most Ray Data blocks a table is cut into; small tables take fewer."""
+    workers: CurateWorkers = CurateWorkers()

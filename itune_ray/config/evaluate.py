@@ -1,11 +1,12 @@
 """Schema of `itune evaluate`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.generate import CommitConfig
+from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import Job, Positive, SamplingConfig, ServedModel, Source
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=512)
@@ -68,8 +69,10 @@ class BootstrapConfig(Schema):
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
-class EvalWorkers(Schema):
+class EvalWorkers(Holder):
     """Eval actors that send prompts to the pools and grade the replies."""
+
+    role: ClassVar[Role] = "data"
 
     num: Positive = 2
     cpus_each: Annotated[float, Field(gt=0)] = 0.5

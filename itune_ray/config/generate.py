@@ -1,10 +1,11 @@
 """Schema of `itune generate`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
+from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import (
     Fraction,
     Job,
@@ -154,8 +155,10 @@ class CommitConfig(Schema):
     seconds: Annotated[float, Field(gt=0)] = 5.0
 
 
-class RecipeWorkers(Schema):
+class RecipeWorkers(Holder):
     """Ray Data actors that run the recipe and talk to the pool."""
+
+    role: ClassVar[Role] = "data"
 
     num: Positive = 2
     cpus_each: Annotated[float, Field(gt=0)] = 0.5

@@ -1,10 +1,11 @@
 """Sections that several jobs share: where rows come from, which model, which engine, how it samples, where it runs."""
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema, Tree
+from itune_ray.config.roles import Holder, Role, Roles
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -178,16 +179,15 @@ class FakeEngineConfig(Schema):
 EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminator="type")]
 
 
-class PoolConfig(Schema):
+class PoolConfig(Holder):
     """How many engine replicas, and what each takes of the cluster. Where it runs never changes what it produces."""
+
+    role: ClassVar[Role] = "infer"
 
     replicas: Positive = 1
     """Replicas, all asked for at once."""
-    cpus_each: Annotated[float, Field(ge=0)] = 1.0
     gpus_each: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica; with tensor or pipeline parallel engines, of one shard."""
-    resources_each: dict[str, float] = {}
-    """Custom Ray resources of one replica, e.g. {gpu-infer: 1}."""
     max_outstanding: Positive = 512
     """Requests a replica holds at once; more wait at the sender, which is the backpressure."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -222,6 +222,14 @@ class RayConfig(Schema):
     """Start the dashboard with a fresh local Ray."""
     dashboard_port: Positive | None = None
     """Its port; default: 8265 or the next free one."""
+    cluster_file: str | None = None
+    """The file that made the cluster (a launcher's YAML or a RayCluster manifest): asks are checked against the nodes
+    it may add; default: the one that the cluster launcher leaves on the head, else the nodes that are there."""
+    roles: Roles = Roles()
+    """Where a cluster has nodes for one kind of work each: the custom resource by which they are known."""
+
+
+Placement = Literal["auto", "separate", "timeshare", "restart"]
 
 
 class RunSettings(Schema):
@@ -231,6 +239,10 @@ class RunSettings(Schema):
     """Output root, an absolute path or a URI; default: $ITUNE_OUTPUT, else `./runs` on a local machine. It holds
     `<name>/<stage>-<id>/`."""
     ray: RayConfig = RayConfig()
+    placement: Placement = "auto"
+    """What becomes of running engines while a model is trained. separate: both hold their resources, or the job is
+    refused. timeshare: engines sleep and keep theirs, so both must fit by their fractions (0.5 GPU and 0.5 GPU).
+    restart: engines are given back and started again when asked next. auto: separate where both fit, else restart."""
     lock_ttl_s: Annotated[float, Field(gt=0)] = 60.0
     """A run's lock is taken over when its owner has not renewed it for this long."""
 

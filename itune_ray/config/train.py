@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
+from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
 # --- adaptation ----------------------------------------------------------------------------------------------------
@@ -201,18 +202,22 @@ class DeepspeedConfig(Schema):
 StrategyConfig = Annotated[DdpConfig | Fsdp2Config | DeepspeedConfig, Field(discriminator="type")]
 
 
-class TrainWorkers(Schema):
+class TrainWorkers(Holder):
     """Ray Train workers. Any number gives the same optimisation."""
 
+    role: ClassVar[Role] = "train"
+
     num: Positive = 1
-    cpus_each: Annotated[float, Field(ge=0)] = 1.0
-    gpus_each: Annotated[float, Field(ge=0)] = 0.0
-    resources_each: dict[str, float] = {}
     torch_threads: Positive | None = None
     """Threads of one CPU worker; default: 1, since two on a busy machine are ten times slower."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint before the job gives up."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Deadline of placing all workers together, new nodes included."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Of torch.distributed; auto: nccl where workers have GPUs, else gloo."""
     collective_timeout_s: Positive = 600
+    """Deadline of one collective; the rank that missed it is named."""
 
 
 class CheckpointConfig(Schema):

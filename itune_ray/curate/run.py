@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from itune_ray import cluster
+from itune_ray import cluster, room
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate.board import Board
 from itune_ray.curate.filters.base import GroupFilter, RowFilter, Seen
@@ -126,7 +127,15 @@ def _verdicts(table: pa.Table, chain: Sequence[Link], state: Run) -> pa.Table:
 
     with _quiet():
         dataset = ray.data.from_arrow(list(slices(table, _blocks(table.num_rows, state.job))))
-        judged = dataset.map_batches(partial(judge_block, chain=chain), batch_format="pyarrow", batch_size=None)
+        workers = state.job.workers
+        judged = dataset.map_batches(
+            partial(judge_block, chain=chain),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each or None,
+            resources=workers.resources_each or None,
+        )
         try:
             batches: list[Any] = list(judged.iter_batches(batch_format="pyarrow", batch_size=None))
         except RayError as error:
@@ -243,10 +252,9 @@ def _use_ratings(step: Step, filter: JudgeFilter, rows: Sequence[int], ledger: L
 def _connect(state: Run) -> None:
     """Join Ray, and refuse at once where running engines leave no CPU to a task: Ray Data would wait for ever."""
     cluster.connect(state.job.run.ray, state.progress.say)
-    held = state.engines.held
-    cluster.require(
-        {"CPU": held.get("CPU", 0.0) + 1}, "curating beside the engines that run", "run.ray.num_cpus or pool.cpus_each"
-    )
+    held, each = Counter(state.engines.held), state.job.workers.each
+    held.update(each)
+    room.require(held, "curating beside the engines that run", "run.ray.num_cpus or pool.cpus_each", each)
 
 
 def _blocks(rows: int, job: CurateJob) -> int:

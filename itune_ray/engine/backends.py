@@ -43,6 +43,14 @@ class Backend(Protocol):
         """Unload an adapter."""
         ...
 
+    async def sleep(self) -> bool:
+        """Give memory up until `wake`; False where there is no such mode."""
+        ...
+
+    async def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
     def status(self) -> str:
         """What the engine is doing."""
         ...
@@ -83,6 +91,13 @@ class InProcessBackend:
         """Unload an adapter."""
         await self._stepper.call(lambda engine: engine.remove_lora(number))
 
+    async def sleep(self) -> bool:
+        """vLLM has no sleep mode on CPU."""
+        return False
+
+    async def wake(self) -> None:
+        """Never asleep."""
+
     def status(self) -> str:
         """What the engine is doing."""
         return self._stepper.status()
@@ -102,6 +117,7 @@ class AsyncBackend:
 
         with children_die_with_me():
             self._engine = AsyncLLM.from_engine_args(args)
+        self._can_sleep = args.enable_sleep_mode
         self._numbers = itertools.count()
 
     @property
@@ -130,6 +146,17 @@ class AsyncBackend:
     async def remove_lora(self, number: int) -> None:
         """Unload an adapter."""
         await self._engine.remove_lora(number)
+
+    async def sleep(self) -> bool:
+        """Weights to host memory, KV cache dropped (vLLM's level 1)."""
+        if not self._can_sleep:
+            return False
+        await self._engine.sleep(level=1)
+        return True
+
+    async def wake(self) -> None:
+        """Weights back to the device."""
+        await self._engine.wake_up()
 
     def status(self) -> str:
         """What the engine is doing."""

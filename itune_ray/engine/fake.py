@@ -16,7 +16,13 @@ REFUSAL = "I'm sorry, but I can't help with that."
 class FakeEngine:
     """Answers by hashing; words are its tokens. Greedy sampling ignores the seed, an adapter changes every answer."""
 
-    def __init__(self, config: FakeEngineConfig | None = None, model: ModelRef | None = None, threads: int = 1):
+    def __init__(
+        self,
+        config: FakeEngineConfig | None = None,
+        model: ModelRef | None = None,
+        threads: int = 1,
+        can_sleep: bool = False,
+    ):
         self._config = config or FakeEngineConfig()
         self._failed_once: set[str] = set()
         self.name = f"{model.path if model else 'fake'}@fake"
@@ -32,6 +38,13 @@ class FakeEngine:
     def status(self) -> str:
         """What it is doing, for the message of a deadline."""
         return "fake engine, alive"
+
+    async def sleep(self) -> bool:
+        """There is nothing to give up."""
+        return True
+
+    async def wake(self) -> None:
+        """There is nothing to bring back."""
 
     def close(self) -> None:
         """Nothing is held."""

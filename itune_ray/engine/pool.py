@@ -7,13 +7,13 @@ crashed replica again; senders route around it meanwhile and send its requests a
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from itune_ray import cluster
+from itune_ray import room
 from itune_ray.config.base import digest
-from itune_ray.config.shared import ModelRef, PoolConfig, ServedModel, VllmEngineConfig
+from itune_ray.config.shared import ModelRef, Placement, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.data.fingerprint import content_identity, named
 from itune_ray.engine.base import Completion, EngineDiedError, Request, Sampling
 from itune_ray.engine.llm import EngineLlm
@@ -25,6 +25,8 @@ ActorHandle = Any
 """Ray's handle of a `Replica`; its methods exist only at run time."""
 STATUS_TIMEOUT_S = 2.0
 RETRY_PAUSE_S = 0.2
+CLOSE_TIMEOUT_S = 3.0
+"""A replica that still loads its engine, or hangs, is killed as it is."""
 CONTROL_CALLS = 16
 """Calls about a replica's state that it answers at once, beside the requests it works on."""
 
@@ -173,6 +175,7 @@ class Pool:
     infos: list[ReplicaInfo]
     groups: list[Any] = field(default_factory=list[Any])
     """Placement groups, one per replica that spans several devices."""
+    asleep: bool = False
 
     @property
     def model(self) -> str:
@@ -199,11 +202,39 @@ class Pool:
                 continue
         return total
 
+    def sleep(self) -> None:
+        """Let every engine give its memory up; the replicas keep their resources."""
+        if not self.asleep:
+            self._all("sleep")
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Bring the engines back."""
+        if self.asleep:
+            self._all("wake")
+            self.asleep = False
+
+    def _all(self, verb: str) -> None:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        calls = [getattr(replica, verb).options(concurrency_group="control").remote() for replica in self.replicas]
+        try:
+            ray.get(calls, timeout=self.served.pool.start_timeout_s)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except (RayActorError, TimeoutError) as error:
+            raise GenerationError(
+                f"an engine did not {verb}: {_one_line(error)}", got=self.model, knob="run.placement"
+            ) from None
+
     def close(self) -> None:
-        """Kill the replicas and give their resources back."""
+        """Let the engines close, then kill the replicas, and give their resources back."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
+        closing = [replica.stop.options(concurrency_group="control").remote() for replica in self.replicas]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for replica in self.replicas:
             ray.kill(replica, no_restart=True)
         for group in self.groups:
@@ -211,10 +242,15 @@ class Pool:
 
 
 class EngineHost:
-    """All pools of one driver. Stages ask it for a pool when they have work; it starts each at most once."""
+    """All pools of one driver. Stages ask it for a pool when they have work; it starts each at most once.
 
-    def __init__(self) -> None:
+    Args:
+        placement: What becomes of engines while something else needs the cluster, see `RunSettings.placement`.
+    """
+
+    def __init__(self, placement: Placement = "auto") -> None:
         self._pools: dict[str, Pool] = {}
+        self._placement: Placement = placement
         self.starts = 0
         """Engines started so far."""
 
@@ -228,9 +264,51 @@ class EngineHost:
         key = pool_key(served)
         if key not in self._pools:
             self._require_room(served)
-            self._pools[key] = _start(served)
+            self._pools[key] = _start(served, can_sleep=self._placement == "timeshare")
             self.starts += served.pool.replicas
+        self._pools[key].wake()
         return self._pools[key]
+
+    def make_room(
+        self,
+        needed: Mapping[str, float],
+        each: Mapping[str, float],
+        count: int,
+        what: str,
+        knob: str,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Let something other than engines hold resources: the engines stay, sleep or go, as the placement says.
+
+        Args:
+            needed: What it holds in all.
+            each: What one of its processes holds, and `count` how many there are at once.
+            what: Who asks, for messages.
+            knob: The config path that makes the ask smaller.
+
+        Raises:
+            ClusterError: The cluster can never hold it, or not together with engines that stay.
+        """
+        room.require(needed, what, knob, each, count)
+        if not self._pools:
+            return
+        together = Counter(needed)
+        together.update(self.held)
+        if self._placement == "timeshare":
+            for pool in self._pools.values():
+                pool.sleep()
+        if self._placement in ("timeshare", "separate"):
+            room.require(together, f"{what} beside the engines", f"{knob}, pool.gpus_each or run.placement")
+        elif self._placement == "restart" or not room.fits(together):
+            say(f"engines are given back for {what}, and start again when asked next")
+            self.close()
+
+    def keep(self, served: Iterable[ServedModel]) -> None:
+        """Give back the pools of all other models: nothing will ask them again, and their nodes can go."""
+        if self._pools:
+            wanted = {pool_key(model) for model in served}
+            for key in [key for key in self._pools if key not in wanted]:
+                self._pools.pop(key).close()
 
     @property
     def held(self) -> dict[str, float]:
@@ -264,10 +342,12 @@ class EngineHost:
 
     def _require_room(self, served: ServedModel) -> None:
         beside = f" beside {len(self._pools)} running pools" if self._pools else ""
-        cluster.require(
+        room.require(
             self.held_with(served),
             f"{served.pool.replicas} engine replicas of {served.model.path}{beside}",
             "pool.replicas, pool.cpus_each, pool.gpus_each or run.ray.num_cpus",
+            served.pool.each,
+            served.pool.replicas * shards_of(served),
         )
 
 
@@ -283,24 +363,18 @@ def shards_of(served: ServedModel) -> int:
     return engine.tensor_parallel * engine.pipeline_parallel if isinstance(engine, VllmEngineConfig) else 1
 
 
-def bundle_of(pool: PoolConfig) -> dict[str, float]:
-    """Resources of one shard."""
-    named = {"CPU": pool.cpus_each, "GPU": pool.gpus_each, **pool.resources_each}
-    return {name: amount for name, amount in named.items() if amount > 0}
-
-
 def resources_of(served: ServedModel) -> dict[str, float]:
     """Resources of a whole pool."""
     shards = served.pool.replicas * shards_of(served)
-    return {name: amount * shards for name, amount in bundle_of(served.pool).items()}
+    return {name: amount * shards for name, amount in served.pool.each.items()}
 
 
-def _start(served: ServedModel) -> Pool:
+def _start(served: ServedModel, can_sleep: bool) -> Pool:
     """Ask for all replicas at once and wait until each has loaded its engine."""
     started = Pool(served, [], [])
     try:
         for _ in range(served.pool.replicas):
-            _add_replica(started)
+            _add_replica(started, can_sleep)
         started.infos = _wait_ready(started)
     except BaseException:
         started.close()
@@ -308,7 +382,7 @@ def _start(served: ServedModel) -> Pool:
     return started
 
 
-def _add_replica(pool: Pool) -> None:
+def _add_replica(pool: Pool, can_sleep: bool) -> None:
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -320,7 +394,7 @@ def _add_replica(pool: Pool) -> None:
         options["num_gpus"] = config.gpus_each
     elif config.gpus_each:
         # vLLM's Ray executor places one worker per bundle; the replica itself sits in the first and takes no device.
-        group = placement_group([bundle_of(config)] * shards, strategy="PACK")
+        group = placement_group([config.each] * shards, strategy="PACK")
         pool.groups.append(group)
         options = {
             "num_cpus": config.cpus_each,
@@ -335,7 +409,7 @@ def _add_replica(pool: Pool) -> None:
     pool.replicas.append(
         actor.options(
             **options, max_restarts=config.max_restarts, max_task_retries=0, max_concurrency=config.max_outstanding
-        ).remote(pool.served.engine, pool.served.model, threads)
+        ).remote(pool.served.engine, pool.served.model, threads, can_sleep)
     )
 
 
@@ -372,7 +446,7 @@ def _not_placed(pool: Pool, missing: int) -> ClusterError:
     import ray
 
     free, total = ray.available_resources(), ray.cluster_resources()
-    needs = scaled(bundle_of(pool.served.pool), shards_of(pool.served))
+    needs = scaled(pool.served.pool.each, shards_of(pool.served))
     figures = ", ".join(
         f"{amount:g} {name} (cluster has {free.get(name, 0):g} free of {total.get(name, 0):g})"
         for name, amount in needs.items()

@@ -10,7 +10,7 @@ from typing import Any
 from itune_ray.config.shared import EngineConfig, ModelRef
 from itune_ray.engine import ENGINES
 from itune_ray.engine.base import Completion, EngineDiedError, Request
-from itune_ray.errors import ITuneError
+from itune_ray.errors import GenerationError, ITuneError
 
 LAST_WORDS_S = 1.0
 """A dying replica lives on for this long, so that all its callers get the reason and not just a broken connection."""
@@ -33,20 +33,26 @@ class Replica:
     every call after it.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelRef, threads: int):
-        started = time.monotonic()
+    def __init__(self, config: EngineConfig, model: ModelRef, threads: int, can_sleep: bool = False):
+        self._arguments = config, model, threads, can_sleep
         self._failure: ITuneError | None = None
         self._requests = 0
         self._running: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}
         self._engine: Any = None
         log = config.request_log
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._load_s = self._load()
+
+    def _load(self) -> float:
+        """Build the engine, or keep why it cannot be built; returns the seconds."""
+        started = time.monotonic()
+        config, model, threads, can_sleep = self._arguments
         try:
             module, _, name = ENGINES[config.type].partition(":")
-            self._engine = getattr(importlib.import_module(module), name)(config, model, threads)
+            self._engine = getattr(importlib.import_module(module), name)(config, model, threads, can_sleep)
         except ITuneError as error:
             self._failure = error
-        self._load_s = time.monotonic() - started
+        return time.monotonic() - started
 
     async def ready(self) -> ReplicaInfo:
         """Answers once the engine is loaded; raises why it is not."""
@@ -70,13 +76,35 @@ class Replica:
         """One vector per text."""
         return await self._serving().embed(texts)
 
+    async def sleep(self) -> None:
+        """Give the engine's memory up until `wake`; one that cannot sleep is closed and later built anew."""
+        engine = self._serving()
+        if not await engine.sleep():
+            engine.close()
+            self._engine = None
+
+    async def wake(self) -> None:
+        """Bring the engine back."""
+        if self._engine is None:
+            self._load_s = await asyncio.get_running_loop().run_in_executor(None, self._load)
+        else:
+            await self._engine.wake()
+        self._serving()
+
+    async def stop(self) -> None:
+        """Close the engine and remove what it wrote to this node; to be killed after."""
+        if self._engine is not None:
+            self._engine.close()
+
     async def requests(self) -> int:
         """Requests that reached the engine since it was started."""
         return self._requests
 
     async def status(self) -> str:
         """What the engine is doing."""
-        return str(self._failure) if self._engine is None else self._engine.status()
+        if self._engine is None:
+            return str(self._failure or "asleep")
+        return self._engine.status()
 
     async def _complete(self, engine: Any, request: Request) -> Completion:
         try:
@@ -94,4 +122,6 @@ class Replica:
     def _serving(self) -> Any:
         if self._failure is not None:
             raise self._failure
+        if self._engine is None:
+            raise GenerationError("the engine is asleep", knob="run.placement")
         return self._engine

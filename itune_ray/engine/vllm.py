@@ -50,19 +50,20 @@ class VllmEngine:
         config: Engine settings.
         model: The base model; its `adapter` is not used here, requests name theirs.
         threads: OpenMP threads on CPU.
+        can_sleep: Start it so that `sleep` can free its memory on an accelerator.
 
     Raises:
         ModelError: vLLM cannot load the model, in one line.
     """
 
-    def __init__(self, config: VllmEngineConfig, model: ModelRef, threads: int = 1):
+    def __init__(self, config: VllmEngineConfig, model: ModelRef, threads: int = 1, can_sleep: bool = False):
         for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}.items():
             os.environ.setdefault(name, value)
         folder = resolve(model.path, revision=model.revision)
         tokenizer = resolve(model.tokenizer, kind="tokenizer").path if model.tokenizer else folder.path
         self.name = f"{named(model.path)}@{folder.revision or folder.fingerprint}"
         encoder = load_tokenizer(tokenizer, model)
-        self._backend = _load(config, model, folder.path, tokenizer)
+        self._backend = _load(config, model, folder.path, tokenizer, can_sleep)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
@@ -89,9 +90,18 @@ class VllmEngine:
         """What it is doing, for the message of a deadline."""
         return self._backend.status()
 
+    async def sleep(self) -> bool:
+        """Move the weights to host memory and drop the KV cache; False where vLLM has no sleep mode, as on CPU."""
+        return await self._backend.sleep()
+
+    async def wake(self) -> None:
+        """Undo `sleep`."""
+        await self._backend.wake()
+
     def close(self) -> None:
-        """Stop the engine."""
+        """Stop the engine, and remove the adapters that were rewritten for it."""
         self._backend.close()
+        self._scratch.cleanup()
 
     async def _complete(self, request: Request) -> Completion:
         try:
@@ -150,7 +160,7 @@ def load_tokenizer(folder: str, model: ModelRef) -> Any:
     return tokenizer
 
 
-def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str) -> Backend:
+def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, can_sleep: bool) -> Backend:
     """Build the engine; whatever stops vLLM becomes one `ModelError` line."""
     try:
         from vllm.platforms import current_platform
@@ -165,7 +175,8 @@ def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        args = AsyncEngineArgs(**engine_args(config, model, folder, tokenizer, on_cpu))
+        sleep = {"enable_sleep_mode": True} if can_sleep and not on_cpu else {}
+        args = AsyncEngineArgs(**{**engine_args(config, model, folder, tokenizer, on_cpu), **sleep})
         return InProcessBackend(args) if on_cpu else AsyncBackend(args)
     except Exception as error:  # a wrong path, config, dtype, size or memory each raise their own kind
         raise _load_error(error, model.path) from error

@@ -52,7 +52,12 @@ class EvalActors:
     def __init__(self, arguments: AskerArguments, workers: EvalWorkers):
         factory: Any = ray.remote(EvalActor)
         factory = factory.options(
-            num_cpus=workers.cpus_each, max_restarts=3, max_task_retries=3, max_concurrency=SHARDS_IN_FLIGHT
+            num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each,
+            resources=workers.resources_each,
+            max_restarts=3,
+            max_task_retries=3,
+            max_concurrency=SHARDS_IN_FLIGHT,
         )
         self._actors: list[Any] = [factory.remote(arguments) for _ in range(workers.num)]
 

@@ -8,17 +8,18 @@ from typing import Any
 
 from itune_ray.benchmarks import benchmarks
 from itune_ray.benchmarks.base import Benchmark, Item
-from itune_ray.cluster import connect, require
+from itune_ray.cluster import connect
 from itune_ray.config.evaluate import EvaluatedModel, EvaluateJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key
+from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import EvalError
 from itune_ray.evaluate.actor import SHARD, AskerArguments, EvalActors
 from itune_ray.evaluate.answers import answers_table, check_answered, is_settled, outcome_of
 from itune_ray.evaluate.ask import Asked, Question
 from itune_ray.evaluate.score import score_benchmark
 from itune_ray.observe.progress import Progress
+from itune_ray.room import require
 
 
 def run(job: EvaluateJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
@@ -107,12 +108,16 @@ def _clients(job: EvaluateJob, todo: Sequence[Question], engines: EngineHost) ->
 
 def _require_room(job: EvaluateJob, models: Sequence[EvaluatedModel], engines: EngineHost) -> None:
     """Engines, old and new, and eval actors hold their CPUs together."""
-    held = engines.held.get("CPU", 0.0)
-    new = sum(engines.held_with(model).get("CPU", 0.0) - held for model in models)
+    held, workers = Counter(engines.held), job.workers
+    for model in models:
+        held.update(Counter(engines.held_with(model)) - Counter(engines.held))
+    held.update(scaled(workers.each, workers.num))
     require(
-        {"CPU": held + new + job.workers.num * job.workers.cpus_each},
+        held,
         f"{len(models)} engine pools and {job.workers.num} eval actors beside what the job holds already",
         "workers.num, workers.cpus_each, models.N.pool.cpus_each or run.ray.num_cpus",
+        workers.each,
+        workers.num,
     )
 
 

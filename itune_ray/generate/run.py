@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from itune_ray import cluster
+from itune_ray import cluster, room
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
@@ -21,7 +21,7 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Llm
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key
+from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
@@ -157,10 +157,13 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
     for served in {pool_key(model): model for model in models}.values():
         held.update(Counter(engines.held_with(served)) - Counter(engines.held))
     replicas = sum(model.pool.replicas for model in models)
-    cluster.require(
-        {**held, "CPU": held.get("CPU", 0.0) + workers.num * workers.cpus_each},
+    held.update(scaled(workers.each, workers.num))
+    room.require(
+        held,
         f"{replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
         "workers.num, workers.cpus_each, teacher.pool.cpus_each or run.ray.num_cpus",
+        workers.each,
+        workers.num,
     )
 
 
@@ -180,6 +183,8 @@ def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each or None,
+            resources=workers.resources_each or None,
             compute=ActorPoolStrategy(
                 size=min(workers.num, len(blocks)),
                 max_tasks_in_flight_per_actor=workers.blocks_in_flight,

@@ -1,10 +1,12 @@
 """The session in which jobs run: one output root, one lock, one Ray, one set of engines, one summary."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from itune_ray.config.base import sections
 from itune_ray.config.pipeline import PipelineJob
-from itune_ray.config.shared import Job
+from itune_ray.config.roles import Roles, placed
+from itune_ray.config.shared import Job, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.lock import RunLock
 from itune_ray.engine.pool import EngineHost
@@ -26,20 +28,20 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     """
     steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
     store = RunStore(output_root(job.run), job.name)
-    engines = EngineHost()
+    engines = EngineHost(job.run.placement)
     with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
         try:
-            _run_steps(steps, store, engines, progress)
+            _run_steps(steps, store, engines, job.run.ray.roles, progress)
         finally:
             engines.close()
     return store
 
 
-def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, progress: Progress) -> None:
+def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, roles: Roles, progress: Progress) -> None:
     artifacts: dict[str, Artifact] = {}
     skipped: set[str] = set()
     for number, step in enumerate(steps, start=1):
-        job = step.resolve(lambda name, payload: artifacts[name].path(payload))
+        job = placed(step.resolve(_paths(artifacts)), roles)
         started = time.time()
         artifact = resolve(job_type(step.job).function)(job, store, step.name, engines, progress)
         artifacts[step.name] = artifact
@@ -48,3 +50,21 @@ def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, prog
         verb = "skipped (finished before)" if step.name in skipped else f"done in {time.time() - started:.1f} s"
         progress.say(f"[{number}/{len(steps)}] {step.name}: {verb}  {artifact.path()}")
         write_summary(list(artifacts.values()), store, skipped)
+        engines.keep(_asked_later(steps[number:], artifacts))
+
+
+def _asked_later(steps: Sequence[Step], artifacts: Mapping[str, Artifact]) -> Iterator[ServedModel]:
+    """Models that later steps name, but for those that a step in between has yet to make."""
+    for step in steps:
+        for served in sections(step.resolve(_paths(artifacts)), ServedModel):
+            if not served.model.path.startswith("step://"):
+                yield served
+
+
+def _paths(artifacts: Mapping[str, Artifact]) -> Callable[[str, str], str]:
+    """Where payloads of finished steps are; those of later ones keep their reference."""
+
+    def path_of(step: str, payload: str) -> str:
+        return artifacts[step].path(payload) if step in artifacts else f"step://{step}/{payload}"
+
+    return path_of

@@ -3,10 +3,8 @@
 from collections import defaultdict
 from typing import Any
 
-import ray
 from ray import tune
 
-from itune_ray.cluster import require
 from itune_ray.config.sweep import SweepJob
 from itune_ray.config.train import TrainWorkers
 from itune_ray.engine.pool import EngineHost, resources_of
@@ -19,7 +17,7 @@ WAITING_CPUS = 0.1
 
 def trial_resources(workers: TrainWorkers) -> Any:
     """What a trial's own process holds: a worker's share where it trains itself, little where it only waits."""
-    each = {"CPU": WAITING_CPUS} if workers.num > 1 else _each(workers)
+    each = {"CPU": WAITING_CPUS} if workers.num > 1 else workers.each
     return tune.PlacementGroupFactory([each or {"CPU": WAITING_CPUS}])
 
 
@@ -29,31 +27,26 @@ def make_room(job: SweepJob, shapes: Shapes, engines: EngineHost, progress: Prog
     Raises:
         ClusterError: Not even an empty cluster has room.
     """
-    needed = _held(job, shapes)
-    require(
-        needed,
+    engines.make_room(
+        _held(job, shapes),
+        job.train.workers.each,
+        job.train.workers.num * job.max_concurrent,
         f"a sweep of {len(shapes.served)} engine pools, {job.evaluate.workers.num} eval actors and "
         f"{job.max_concurrent} trials at once",
         "max_concurrent, train.workers.cpus_each, evaluate.pool.cpus_each or run.ray.num_cpus",
+        progress.say,
     )
-    total = ray.cluster_resources()
-    if any(needed[name] + held > total.get(name, 0.0) for name, held in engines.held.items()):
-        progress.say("engines are given back: the cluster cannot hold them and the sweep together")
-        engines.close()
 
 
 def _held(job: SweepJob, shapes: Shapes) -> dict[str, float]:
     workers, scorers = job.train.workers, job.evaluate.workers
     held: dict[str, float] = defaultdict(float)
-    held["CPU"] = scorers.num * scorers.cpus_each + (WAITING_CPUS * job.max_concurrent if workers.num > 1 else 0.0)
-    for name, amount in _each(workers).items():
+    held["CPU"] = WAITING_CPUS * job.max_concurrent if workers.num > 1 else 0.0
+    for name, amount in scorers.each.items():
+        held[name] += amount * scorers.num
+    for name, amount in workers.each.items():
         held[name] += amount * workers.num * job.max_concurrent
     for served in shapes.served.values():
         for name, amount in resources_of(served).items():
             held[name] += amount
     return held
-
-
-def _each(workers: TrainWorkers) -> dict[str, float]:
-    each = {"CPU": workers.cpus_each, "GPU": workers.gpus_each, **workers.resources_each}
-    return {name: amount for name, amount in each.items() if amount > 0}

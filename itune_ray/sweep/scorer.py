@@ -109,7 +109,12 @@ class Scorers:
     def __init__(self, clients: Mapping[str, Client], evaluate: TrialEvaluation, seed: int, workers: EvalWorkers):
         factory: Any = ray.remote(Scorer)
         factory = factory.options(
-            num_cpus=workers.cpus_each, max_restarts=3, max_task_retries=3, max_concurrency=TRIALS_AT_ONCE
+            num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each,
+            resources=workers.resources_each,
+            max_restarts=3,
+            max_task_retries=3,
+            max_concurrency=TRIALS_AT_ONCE,
         )
         self._arguments = (ray.put(clients), ray.put(evaluate))  # held here: an actor that died begins with them again
         self.handles: list[Any] = [factory.remote(*self._arguments, seed) for _ in range(workers.num)]

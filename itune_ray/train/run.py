@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
-from itune_ray import cluster
-from itune_ray.config.train import TrainJob
+from itune_ray import cluster, room
+from itune_ray.config.train import TrainJob, TrainWorkers
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.data.ledger import Funnel, Outcome
@@ -66,7 +66,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     if artifact.complete:
         return artifact
     cluster.connect(job.run.ray, progress.say)
-    _make_room(job, engines, progress)
+    _make_room(job, engines, progress.say)
     records, unread = read_mixture(job.data)
     prepared = prepare(job, records, artifact.path(), unread)
     if job.validation is not None:
@@ -108,14 +108,14 @@ def _on_hub(path: str | None) -> bool:
     return path is not None and "://" not in path and not os.path.exists(path)
 
 
-def _make_room(job: TrainJob, engines: EngineHost, progress: Progress) -> None:
-    """Refuse workers the cluster can never hold; give idle engines back where both do not fit at once."""
-    needed = {name: amount * job.workers.num for name, amount in _resources_each(job).items()}
-    cluster.require(needed, f"{job.workers.num} training workers", "workers.num or workers.cpus_each")
-    total = ray.cluster_resources()
-    if any(needed.get(name, 0.0) + held > total.get(name, 0.0) for name, held in engines.held.items()):
-        progress.say("engines are given back: the cluster cannot hold them and the training workers together")
-        engines.close()
+def _make_room(job: TrainJob, engines: EngineHost, say: Callable[[str], None]) -> None:
+    """Refuse workers the cluster can never hold, let engines make way, and bring the nodes up for all workers at once:
+    Ray Train itself would ask again and again, and never say what is missing."""
+    workers = job.workers
+    needed = {name: amount * workers.num for name, amount in workers.each.items()}
+    what, knob = f"{workers.num} training workers", "workers.num, workers.cpus_each or workers.gpus_each"
+    engines.make_room(needed, workers.each, workers.num, what, knob, say)
+    room.await_room([workers.each] * workers.num, workers.start_timeout_s, what, "workers.start_timeout_s", say)
 
 
 def _shown(task: Task) -> OnProgress:
@@ -215,7 +215,7 @@ def fit(
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
     if (finished := read_outcome(out)) is not None:
         return finished
-    board: Any = ray.remote(_Board).options(num_cpus=0).remote()
+    board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=room.beside_driver()).remote()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
@@ -228,7 +228,7 @@ def fit(
         },
         scaling_config=_scaling(job),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if job.workers.gpus_each else "gloo", timeout_s=job.workers.collective_timeout_s
+            backend=_backend(job.workers), timeout_s=job.workers.collective_timeout_s
         ),
         run_config=ray.train.RunConfig(
             name="ray-train",
@@ -264,16 +264,17 @@ def _fit(trainer: Any) -> None:
         ) from failed
 
 
-def _resources_each(job: TrainJob) -> dict[str, float]:
-    each = {"CPU": job.workers.cpus_each, "GPU": job.workers.gpus_each, **job.workers.resources_each}
-    return {name: amount for name, amount in each.items() if amount > 0}
+def _backend(workers: TrainWorkers) -> str:
+    if workers.backend == "auto":
+        return "nccl" if workers.gpus_each else "gloo"
+    return workers.backend
 
 
 def _scaling(job: TrainJob) -> "ray.train.ScalingConfig":
     import ray.train
 
     return ray.train.ScalingConfig(
-        num_workers=job.workers.num, use_gpu=job.workers.gpus_each > 0, resources_per_worker=_resources_each(job)
+        num_workers=job.workers.num, use_gpu=job.workers.gpus_each > 0, resources_per_worker=job.workers.each
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.engine.base import Request, Sampling
-from itune_ray.engine.pool import EngineHost, bundle_of, pool_key, resources_of
+from itune_ray.engine.pool import EngineHost, pool_key, resources_of
 from itune_ray.errors import ClusterError, GenerationError, ModelError
 
 FAKE = ModelRef(path="any")
@@ -44,7 +44,7 @@ def test_a_replica_over_several_devices_takes_one_bundle_each():
         engine=VllmEngineConfig(tensor_parallel=2, pipeline_parallel=2),
         pool=PoolConfig(replicas=3, cpus_each=2, gpus_each=1, resources_each={"gpu-infer": 0.5}),
     )
-    assert bundle_of(wide.pool) == {"CPU": 2, "GPU": 1, "gpu-infer": 0.5}
+    assert wide.pool.each == {"CPU": 2, "GPU": 1, "gpu-infer": 0.5}
     assert resources_of(wide) == {"CPU": 24, "GPU": 12, "gpu-infer": 6}
 
 
@@ -52,7 +52,7 @@ def test_a_replica_over_several_devices_takes_one_bundle_each():
 def ray_session():
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -156,3 +156,114 @@ def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
     with pytest.raises(ModelError, match=r"holds no config\.json") as caught:
         host.pool(no_model)
     assert "\n" not in str(caught.value)
+
+
+# --- engines and trainers on the same devices -------------------------------------------------------------------------
+
+HALF = {"GPU": 0.5}
+"""What a training worker asks of a device that an engine holds the other half of."""
+
+
+@pytest.fixture
+def placed_host(ray_session):
+    hosts = []
+
+    def make(placement):
+        hosts.append(EngineHost(placement))
+        return hosts[-1]
+
+    yield make
+    for engines in hosts:
+        engines.close()
+
+
+def statuses(pool) -> list[str]:
+    import ray
+
+    return ray.get([replica.status.remote() for replica in pool.replicas])
+
+
+def free_gpus() -> float:
+    import ray
+
+    return ray.available_resources().get("GPU", 0.0)
+
+
+@pytest.mark.real
+def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_host, wait_until):
+    """With real vLLM, which on CPU is closed and built anew inside its actor."""
+    host = placed_host("timeshare")
+    model = ServedModel(model=ModelRef(path="playground://base"), pool=PoolConfig(gpus_each=0.5))
+    greedy = [Request(id="a", sampling=Sampling(max_tokens=8), text="flip the word")]
+    pool = host.pool(model)
+    before = asyncio.run(pool.client.generate(greedy))
+    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
+    assert statuses(pool) == ["asleep"]
+    wait_until(lambda: free_gpus() == 0.5, "the replica keeps its half of the device")
+    with pytest.raises(GenerationError, match="asleep"):
+        asyncio.run(pool.client.generate(greedy))
+    assert host.pool(model) is pool
+    assert asyncio.run(pool.client.generate(greedy)) == before
+    assert host.starts == 1
+
+
+@pytest.mark.real
+def test_timeshare_with_fractions_above_a_device_is_refused(placed_host):
+    host = placed_host("timeshare")
+    host.pool(served(gpus_each=0.8))
+    with pytest.raises(ClusterError, match=r"one worker beside the engines needs 1.3 GPU, and the cluster has 1"):
+        host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
+
+
+@pytest.mark.real
+def test_separate_refuses_what_does_not_fit_beside_running_engines(placed_host):
+    host = placed_host("separate")
+    pool = host.pool(served(gpus_each=0.5))
+    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
+    assert statuses(pool) == ["fake engine, alive"]
+    with pytest.raises(ClusterError, match=r"beside the engines needs 1\.5 GPU"):
+        host.make_room({"GPU": 1.0}, {"GPU": 1.0}, 1, "one worker", "workers.gpus_each")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("placement", "needs", "stays"), [("restart", 0.5, False), ("auto", 0.5, True), ("auto", 1, False)]
+)
+def test_engines_are_given_back_where_they_must(placed_host, wait_until, placement, needs, stays):
+    host, said = placed_host(placement), []
+    pool = host.pool(served(gpus_each=0.5))
+    host.make_room({"GPU": needs}, {"GPU": needs}, 1, "one worker", "workers.gpus_each", said.append)
+    assert bool(host.held) == stays
+    assert bool(said) != stays
+    wait_until(lambda: free_gpus() == (0.5 if stays else 1.0), "the device is free again")
+    assert (host.pool(served(gpus_each=0.5)) is pool) == stays
+
+
+@pytest.mark.real
+def test_only_pools_that_later_work_asks_for_are_kept(placed_host, wait_until):
+    host = placed_host("auto")
+    kept, gone = served(gpus_each=0.25), served(FakeEngineConfig(fail_rate=0.5), gpus_each=0.25)
+    pool = host.pool(kept)
+    host.pool(gone)
+    host.keep([kept])
+    wait_until(lambda: free_gpus() == 0.75, "the other pool's share is free")
+    assert host.pool(kept) is pool
+    assert host.starts == 2
+
+
+@pytest.mark.real
+def test_room_is_awaited_for_all_together_and_given_back(ray_session, wait_until):
+    from itune_ray import room
+
+    host = EngineHost()
+    host.pool(served(gpus_each=0.5))
+    try:
+        with pytest.raises(
+            ClusterError, match=r"two workers were not placed within 0.3 s; together they need 1 GPU .free: 0.5"
+        ):
+            room.await_room([HALF, HALF], 0.3, "two workers", "workers.start_timeout_s")
+        room.await_room([HALF], 10, "one worker", "workers.start_timeout_s")
+    finally:
+        host.close()
+    wait_until(lambda: free_gpus() == 1.0, "all room is free again")
+    room.await_room([HALF, HALF], 10, "two workers", "workers.start_timeout_s")

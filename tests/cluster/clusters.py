@@ -1,0 +1,117 @@
+"""Free-standing Ray clusters for tests: own ports, own folder, stopped by their own pid and nothing else."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+RAY = Path(sys.executable).parent / "ray"
+SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+"""As in an activated environment: the `python` of an entrypoint is the cluster's."""
+HEAD_ID, HEAD_TYPE = "FAKE_HEAD_NODE_ID", "ray.head.default"
+EMPTY = [
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+]
+"""What a provider of type `external` has no defaults for."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that runs: its GCS address, the file that made it, its process, the environment of whoever joins it."""
+
+    address: str
+    file: str
+    pid: int
+    environment: Mapping[str, str]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def autoscaling(node_types: Mapping[str, Any], idle_s: float = 5.0) -> Iterator[Head]:
+    """A head without work and Ray's own autoscaler, whose nodes are further raylets on this machine.
+
+    Args:
+        node_types: As in a cluster file: name -> resources, min_workers, max_workers.
+        idle_s: Seconds after which an idle node is taken down.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ir", dir="/tmp"))
+    port = free_port()
+    config = {
+        "cluster_name": "fake",
+        "max_workers": 8,
+        "idle_timeout_minutes": idle_s / 60,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"127.0.0.1:{port}",
+            "head_node_id": HEAD_ID,
+            "launch_multiple": True,
+        },
+        "auth": {},
+        "file_mounts": {},
+        **{key: list[str]() for key in EMPTY},
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+        | {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in node_types.items()},
+    }
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        "PATH": SEARCH_PATH,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = ["start", "--head", "--block", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
+    command += [f"--port={port}", f"--temp-dir={folder}", f"--autoscaling-config={file}"]
+    with running(command, environment, folder) as pid:
+        joining = {k: v for k, v in environment.items() if not k.startswith(("RAY_CLOUD", "RAY_OVERRIDE"))}
+        yield Head(f"127.0.0.1:{port}", str(file), pid, joining)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> Iterator[int]:
+    """`ray COMMAND` as a process, killed with all its children at the end, and its folder removed."""
+    log = folder.parent / f"{folder.name}.log"
+    with open(log, "w") as out:
+        head = subprocess.Popen([str(RAY), *command], env=dict(environment), stdout=out, stderr=out)
+    try:
+        yield head.pid
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        for child in psutil.wait_procs(children, timeout=3)[1]:  # the head itself gives them half a minute
+            child.kill()
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+        log.unlink(missing_ok=True)
