@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +21,9 @@ from itune_ray.data.records import RECORD_SCHEMA, Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
 
-_COMMIT = re.compile(r"commit-\d{6}\.parquet")
+MERGED = 64
+"""Commits that become one file."""
+_PART = re.compile(r"commit-(\d{6,})(?:-(\d{6,}))?\.parquet")
 Status = Literal["accepted", "rejected", "failed"]
 
 LEDGER_SCHEMA = pa.schema(
@@ -106,42 +109,68 @@ class Funnel:
 
 
 class Ledger:
-    """The commits of one stage, in `<artifact>/ledger/`."""
+    """The commits of one stage, in `<artifact>/ledger/`.
+
+    A commit is one small file; every `MERGED` of them become one larger file, so that a resume opens few. The larger
+    one is written whole before the small ones go, and what it covers no longer counts: a crash repeats nothing.
+    """
 
     def __init__(self, folder: Folder):
         self._folder = folder
-        self._commits = max((int(n[7:-8]) + 1 for n in folder.names() if _COMMIT.fullmatch(n)), default=0)
+        self._parts = _standing(folder.names())
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Make outcomes durable in one atomic file. All outcomes of an input must be in one commit."""
         if outcomes:
-            table = pa.Table.from_pylist([o.to_row() for o in outcomes], schema=LEDGER_SCHEMA)
-            self._folder.write_table(f"commit-{self._commits:06d}.parquet", table)
-            self._commits += 1
+            self.append(pa.Table.from_pylist([o.to_row() for o in outcomes], schema=LEDGER_SCHEMA))
+
+    def append(self, table: pa.Table) -> None:
+        """Commit a table of `LEDGER_SCHEMA`."""
+        part = _Part.single(max((part.last for part in self._parts), default=-1) + 1)
+        self._folder.write_table(part.name, table)
+        self._parts.append(part)
+        self._merge()
 
     def table(self) -> pa.Table:
         """All outcomes that hold, sorted by key: of an input committed twice, only the later commit's."""
-        if self._commits == 0:
-            return LEDGER_SCHEMA.empty_table()
-        parts: list[pa.Table] = []
-        for index, name in enumerate(n for n in self._folder.names() if _COMMIT.fullmatch(n)):
-            part = self._folder.read_table(name).cast(LEDGER_SCHEMA)
-            parts.append(part.append_column("commit", pa.array([index] * part.num_rows, pa.int32())))
-        joined = pa.concat_tables(parts)
-        latest = dict(_pairs(joined))
-        keep = [latest[key] == commit for key, commit in _pairs(joined)]
-        return joined.filter(pa.array(keep)).drop_columns(["commit"]).sort_by("key")
+        return self._latest(self._parts, LEDGER_SCHEMA.names).sort_by("key")
 
     def settled(self, max_attempts: int) -> set[str]:
         """Keys of the inputs that need no engine any more: accepted, rejected, or failed for good."""
-        table = self.table().select(["input_key", "status", "attempts"]).to_pylist()
-        open_keys = {r["input_key"] for r in table if r["status"] == "failed" and r["attempts"] < max_attempts}
-        return {r["input_key"] for r in table} - open_keys
+        table = self._latest(self._parts, ["input_key", "status", "attempts"])
+        still = table.filter((pc.field("status") == "failed") & (pc.field("attempts") < max_attempts))
+        return set(table["input_key"].unique().to_pylist()) - set(still["input_key"].to_pylist())
 
     def attempts(self) -> dict[str, int]:
         """Attempts so far of each failed input."""
-        failed = self.table().filter(pc.field("status") == "failed").select(["input_key", "attempts"]).to_pylist()
-        return {r["input_key"]: r["attempts"] for r in failed}
+        table = self._latest(self._parts, ["input_key", "status", "attempts"])
+        failed = table.filter(pc.field("status") == "failed")
+        return dict(zip(failed["input_key"].to_pylist(), failed["attempts"].to_pylist(), strict=True))
+
+    def _latest(self, parts: Sequence["_Part"], columns: list[str]) -> pa.Table:
+        """Columns, the input's key among them, of the outcomes that hold."""
+        schema = pa.schema([LEDGER_SCHEMA.field(name) for name in columns])
+        read = [self._folder.read_table(part.name, columns).select(columns).cast(schema) for part in parts]
+        if not read:
+            return schema.empty_table()
+        table = pa.concat_tables(read)
+        keys: Any = table["input_key"].combine_chunks().dictionary_encode()
+        inputs = np.asarray(keys.indices)
+        commits = np.repeat(np.arange(len(read)), [part.num_rows for part in read])
+        last = np.zeros(len(keys.dictionary), np.int64)
+        last[inputs] = commits  # in order, so the last one stays
+        keep = last[inputs] == commits
+        return table if keep.all() else table.filter(pa.array(keep))
+
+    def _merge(self) -> None:
+        small = [part for part in self._parts if part.first == part.last]
+        if len(small) < MERGED:
+            return
+        whole = _Part(small[0].first, small[-1].last)
+        self._folder.write_table(whole.name, self._latest(small, LEDGER_SCHEMA.names))
+        self._parts = [*(part for part in self._parts if part not in small), whole]
+        for part in small:
+            self._folder.delete(part.name)
 
     def publish(self, target: Folder, names: dict[Status, str] | None = None) -> Funnel:
         """Write the final tables (sorted by key, so equal runs give equal files) and count them.
@@ -173,8 +202,32 @@ def funnel_of(table: pa.Table) -> Funnel:
     )
 
 
-def _pairs(joined: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(joined["input_key"].to_pylist(), joined["commit"].to_pylist(), strict=True))
+@dataclass(frozen=True)
+class _Part:
+    """A file of commits, by the numbers of its first and last."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def single(cls, number: int) -> Self:
+        return cls(number, number)
+
+    @property
+    def name(self) -> str:
+        span = f"{self.first:06d}" if self.first == self.last else f"{self.first:06d}-{self.last:06d}"
+        return f"commit-{span}.parquet"
+
+
+def _standing(names: Iterable[str]) -> list[_Part]:
+    """The parts that count, in the order of their commits: those that no larger one covers."""
+    found = [_PART.fullmatch(name) for name in names]
+    parts = [_Part(int(match[1]), int(match[2] or match[1])) for match in found if match]
+    standing: list[_Part] = []
+    for part in sorted(parts, key=lambda part: (part.first, -part.last)):
+        if not standing or part.first > standing[-1].last:
+            standing.append(part)
+    return standing
 
 
 def _counted(words: Iterable[str | None]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from itune_ray.data import ledger as ledger_module
 from itune_ray.data.ledger import Committer, Funnel, Ledger, Outcome, funnel_of
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
@@ -136,6 +137,31 @@ def test_whatever_is_driven_and_killed_each_input_ends_exactly_once(tmp_path_fac
     assert funnel.rows_in == num_inputs * samples
     assert Ledger(folder).settled(max_attempts=2) == keys
     assert max(engine_calls.values()) <= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["accepted", "failed"])), max_size=3)), st.booleans()
+)
+def test_merging_commits_changes_nothing(tmp_path_factory, plan, stop_short):
+    """Against a dictionary, with every three commits merged; with `stop_short` the small files outlive their merge."""
+    folder, known = Folder.at(tmp_path_factory.mktemp("merged")), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_module, "MERGED", 3)
+        if stop_short:
+            patch.setattr(Folder, "delete", lambda self, name="": None)
+        for number, batch in enumerate(plan, start=1):
+            made = {position: outcome(position, status, attempts=number) for position, status in batch}
+            Ledger(folder).commit(list(made.values()))
+            known |= {f"s:{position}:0": one for position, one in made.items()}
+        ledger = Ledger(folder)
+        assert [Outcome.from_row(row).attempts for row in ledger.table().to_pylist()] == [
+            known[key].attempts for key in sorted(known)
+        ]
+        assert ledger.attempts() == {key: one.attempts for key, one in known.items() if one.status == "failed"}
+        assert ledger.settled(3) == {k for k, one in known.items() if one.status != "failed" or one.attempts >= 3}
+        if not stop_short:
+            assert len(folder.names()) <= 2 + len(plan) // 3
 
 
 @settings(max_examples=40, deadline=None)
