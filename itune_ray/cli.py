@@ -48,9 +48,25 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="run a job on a Ray cluster through its job server")
     submit.add_argument("job", choices=JOBS)
     _job_arguments(submit)
-    submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     submit.add_argument("--no-wait", action="store_true", help="return when the job is accepted")
+    submit.add_argument("--driver", metavar="RESOURCE", help="nodes for the driver, e.g. cpu-data; default: the head")
     submit.set_defaults(command=_submit)
+    status = commands.add_parser("status", help="submitted runs, or one run and its stages")
+    status.add_argument("name", nargs="?", help="name of a run")
+    status.set_defaults(command=_status)
+    logs = commands.add_parser("logs", help="what a submitted run has said")
+    logs.add_argument("name", help="name of a run")
+    logs.add_argument("--follow", action="store_true", help="go on until it ends")
+    logs.set_defaults(command=_logs)
+    stop = commands.add_parser("stop", help="stop a submitted run; it can be resumed")
+    stop.add_argument("name", help="name of a run")
+    stop.set_defaults(command=_stop)
+    for command in (submit, status, logs, stop):
+        command.add_argument(
+            "--address",
+            default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+            help="the cluster's dashboard; default: $RAY_API_SERVER_ADDRESS, else this machine's",
+        )
     keys = commands.add_parser("keys", help="list a job's config keys with their meaning")
     keys.add_argument("job", choices=JOBS)
     keys.set_defaults(command=_keys)
@@ -144,7 +160,33 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = _load(arguments)
     from itune_ray.submit import submit
 
-    return submit(arguments.job, arguments.file, arguments.overrides, job, arguments.address, not arguments.no_wait)
+    return submit(
+        arguments.job,
+        arguments.file,
+        arguments.overrides,
+        job,
+        arguments.address,
+        not arguments.no_wait,
+        arguments.driver,
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from itune_ray.submissions import show_status
+
+    return show_status(arguments.name, arguments.address)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from itune_ray.submissions import show_logs
+
+    return show_logs(arguments.name, arguments.address, arguments.follow)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from itune_ray.submissions import stop
+
+    return stop(arguments.name, arguments.address)
 
 
 def _keys(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`itune submit`: the same command on a cluster, through Ray's job server.
+"""[Ray] `itune submit`: the same command on a cluster, through Ray's job server.
 
 The working directory travels as the job's runtime environment; data and artifacts never do: the job reads and writes
 URIs or shared storage, and its output root must be given.
@@ -7,6 +7,7 @@ URIs or shared storage, and its output root must be given.
 import asyncio
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import itune_ray
 from itune_ray.config.base import digest
+from itune_ray.config.roles import SHARE
 from itune_ray.config.shared import Job
 from itune_ray.errors import ClusterError, ConfigError, StorageError
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
@@ -26,8 +28,14 @@ PASSED_ON = ("ITUNE_OUTPUT", "HF_TOKEN", "HF_HUB_OFFLINE", "ITUNE_TEST_DATA")
 """Variables of this shell that the job gets too, where they are set."""
 
 
-def submit(job_name: str, file: str, overrides: Sequence[str], job: Job, address: str, wait: bool) -> int:
+def submit(
+    job_name: str, file: str, overrides: Sequence[str], job: Job, address: str, wait: bool, driver: str | None = None
+) -> int:
     """Send a job, follow its log, and return 0 when it ends SUCCEEDED, else 1.
+
+    Args:
+        driver: Custom resource of the nodes on which the driver is to run, `cpu-data` for example; none: the head,
+            which has no GPU to block.
 
     Raises:
         StorageError: No output root: the cluster throws the working directory away.
@@ -41,15 +49,34 @@ def submit(job_name: str, file: str, overrides: Sequence[str], job: Job, address
             knob="output=... or ITUNE_OUTPUT",
         )
     entrypoint = " ".join(["python -m itune_ray", job_name, _travelling(file), *map(_quoted, overrides)])
-    client = _client(address)
+    client = connect_to(address)
     submission = client.submit_job(
         entrypoint=entrypoint,
-        submission_id=f"{job.name}-{digest(job.identity())}-{int(time.time())}",
+        submission_id=f"{job.name}-{digest(job.identity())}-{time.time_ns() // 10**6}",
         runtime_env=runtime_env(),
-        metadata={"name": job.name, "config": digest(job.identity()), "version": itune_ray.__version__},
+        metadata=_metadata(job),
+        entrypoint_resources={driver: SHARE} if driver else None,
     )
     print(f"submitted {submission}  {address}", flush=True)
-    return asyncio.run(_follow(client, submission)) if wait else 0
+    return asyncio.run(follow(client, submission)) if wait else 0
+
+
+def _metadata(job: Job) -> dict[str, str]:
+    """What the dashboard and `itune status` show of a submission."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    dirty = "+changes" if commit and _git("status", "--porcelain") else ""
+    output = job.run.output or os.environ["ITUNE_OUTPUT"]
+    facts = {"name": job.name, "config": digest(job.identity()), "version": itune_ray.__version__, "output": output}
+    return {**facts, "commit": commit + dirty} if commit else facts
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the current folder; nothing where it is no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def runtime_env() -> dict[str, object]:
@@ -77,13 +104,26 @@ def _quoted(word: str) -> str:
     return "'" + word.replace("'", "'\\''") + "'"
 
 
-def _client(address: str) -> "JobSubmissionClient":
+def connect_to(address: str) -> "JobSubmissionClient":
+    """The cluster's job server; where it asks for a token, Ray takes it from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+
+    Raises:
+        ClusterError: Nothing answers at the address, or it wants another token.
+    """
     quiet_environment()
+    import ray.exceptions
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it reports every uploaded package
     try:
         return JobSubmissionClient(address)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(
+            f"the cluster asks for another token: {' '.join(str(error).split())[:200]}",
+            got=address,
+            allowed="RAY_AUTH_MODE=token with the cluster's own token",
+            knob="RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
+        ) from None
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"no job server answers: {' '.join(str(error).split())[:200]}",
@@ -93,7 +133,8 @@ def _client(address: str) -> "JobSubmissionClient":
         ) from None
 
 
-async def _follow(client: "JobSubmissionClient", submission: str) -> int:
+async def follow(client: "JobSubmissionClient", submission: str) -> int:
+    """Print a submission's log until it ends; 0 when it SUCCEEDED."""
     async for text in client.tail_job_logs(submission):
         print(text, end="", flush=True)
     info = client.get_job_info(submission)

@@ -1,16 +1,18 @@
 """The same job on a free-standing cluster: `ray job submit`, `itune submit`, resubmission, a stop that leaves nothing.
 
-The cluster has its own ports and folder, and is stopped by its own pid.
+The cluster asks for a token, has its own ports and folder, and is stopped by its own pid.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -24,6 +26,16 @@ ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 """As in an activated environment: the `python` of an entrypoint is the cluster's."""
+
+
+TOKEN = secrets.token_hex(32)
+
+
+def joining(token: str | None) -> dict[str, str]:
+    """The environment of whoever talks to the cluster, with a token or without any."""
+    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    return {**environment, "RAY_AUTH_TOKEN": token} if token else environment
 
 
 def free_port() -> int:
@@ -52,8 +64,7 @@ def cluster():
         f"--ray-client-server-port={free_port()}",
         f"--runtime-env-agent-port={free_port()}",
     ]
-    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
+    environment = {**joining(TOKEN), "OMP_NUM_THREADS": "1"}
     head = subprocess.Popen(
         [str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -77,6 +88,8 @@ def ready(cluster, tmp_path_factory):
         try:
             with urllib.request.urlopen(f"{cluster[0]}/api/version", timeout=2):
                 break
+        except urllib.error.HTTPError:  # it answers, and wants a token
+            break
         except OSError:
             assert time.monotonic() < deadline, "the cluster did not come up"
             time.sleep(0.25)
@@ -126,13 +139,22 @@ def project(tmp_path_factory):
     return folder
 
 
-def shell(command: list[str], cwd: Path, timeout: float = 240) -> tuple[int, str]:
-    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
+def shell(command: list[str], cwd: Path, timeout: float = 240, token: str | None = TOKEN) -> tuple[int, str]:
     done = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        command,
+        cwd=cwd,
+        env=joining(token),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
     )
     return done.returncode, done.stdout
+
+
+def itune(address: str, project: Path, *words: str, token: str | None = TOKEN) -> tuple[int, str]:
+    """One of the commands that talk to the job server."""
+    return shell([sys.executable, "-m", "itune_ray", *words, "--address", address], project, token=token)
 
 
 def test_ray_job_submit_and_itune_submit_do_the_same(ready, project):
@@ -151,6 +173,35 @@ def test_ray_job_submit_and_itune_submit_do_the_same(ready, project):
     again = json.loads((output / "submitted" / "summary.json").read_text())
     assert {facts["status"] for facts in again["stages"].values()} == {"skipped"}, "a resubmission resumes"
     assert again["scores"] == summary["scores"]
+
+    status, seen = itune(address, project, "status", "submitted")
+    assert status == 0, seen
+    first, *stages = seen.strip().splitlines()
+    assert "submitted  SUCCEEDED" in first
+    assert "config " in first
+    assert [line.split(":")[0].strip().rpartition("-")[0] for line in stages] == ["distill", "score", "sft"]
+    assert all("complete" in line for line in stages)
+    status, seen = itune(address, project, "logs", "submitted")
+    assert status == 0
+    assert "skipped (finished before)" in seen
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "another"])
+def test_without_the_clusters_token_every_command_is_one_line(ready, project, token):
+    address, output = ready
+    for words in (["status"], ["submit", "pipeline", "loop.yaml", f"output={output}"]):
+        status, seen = itune(address, project, *words, token=token)
+        assert status == 2, seen
+        assert "the cluster asks for another token" in seen
+        assert len(seen.strip().splitlines()) == 1, seen
+
+
+def test_a_name_that_was_never_submitted_is_one_line(ready, project):
+    for command in ("status", "logs", "stop"):
+        status, seen = itune(ready[0], project, command, "submited")
+        assert status == 2
+        assert "no run of this name was submitted" in seen
+        assert len(seen.strip().splitlines()) == 1, seen
 
 
 def test_a_job_without_a_lasting_output_root_is_refused(ready, project):
@@ -188,12 +239,12 @@ def test_a_stopped_job_leaves_no_engine_behind(ready, cluster, project, wait_unt
     command = [sys.executable, "-m", "itune_ray", "submit", "generate", "long.yaml", f"output={output}", "--no-wait"]
     status, seen = shell([*command, "--address", address], project)
     assert status == 0, seen
-    submission = seen.strip().splitlines()[-1].split()[1]
     ledger = output / "long"
     wait_until(lambda: any(ledger.glob("generate-*/ledger/commit-*.parquet")), "generation is under way", every=0.2)
     running = engines(cluster[1])
     assert running, "an engine runs while the job does"
-    status, seen = shell([str(RAY), "job", "stop", f"--address={address}", submission], project)
+    status, seen = itune(address, project, "stop", "long")
     assert status == 0, seen
+    assert "STOPPED; submitted again, it goes on from here" in seen
     wait_until(lambda: not any(map(psutil.pid_exists, running)), "the engines are gone", timeout=60, every=0.2)
     assert not engines(cluster[1])
