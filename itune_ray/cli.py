@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="list a job's config keys with their meaning")
     keys.add_argument("job", choices=JOBS)
     keys.set_defaults(command=_keys)
+    dashboard = commands.add_parser("dashboard", help="run Prometheus beside the Ray of this machine, until Ctrl-C")
+    dashboard.add_argument("--ray-folder", default="/tmp/ray", help="Ray's temporary folder on the head")
+    dashboard.add_argument("--port", type=int, default=9090, help="of Prometheus; Ray's dashboard looks at 9090")
+    dashboard.set_defaults(command=_dashboard)
     doctor = commands.add_parser("doctor", help="check versions, Ray, vLLM, memory and the loss on this machine")
     doctor.add_argument("--model", default="playground://base", help="model to check: Hub id, folder or URI")
     doctor.set_defaults(command=_doctor)
@@ -195,6 +199,12 @@ def _keys(arguments: argparse.Namespace) -> int:
 
     print(describe(resolve(job_type(arguments.job).schema)))
     return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from itune_ray.dashboard import serve
+
+    return serve(arguments.ray_folder, arguments.port)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,9 @@ from itune_ray import room
 from itune_ray.config.shared import RayConfig
 from itune_ray.errors import ClusterError
 from itune_ray.nodes import node_kinds
+from itune_ray.observe import metrics
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
+from itune_ray.observe.ray_sink import RAY_SINK
 
 MIN_LOGICAL_CPUS = 8
 """Of a fresh local Ray: engines, recipe workers and eval actors mostly wait, so they may share two real cores."""
@@ -33,6 +35,7 @@ def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -
     else:
         link = _join(address) if address else _start_local(config)
     room.may_grow_to(kinds if address or in_submitted_job() else ())
+    metrics.send_to(RAY_SINK)
     if link:
         say(f"Ray dashboard: {link}")
 

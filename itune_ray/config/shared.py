@@ -243,6 +243,10 @@ class RunSettings(Schema):
     """What becomes of running engines while a model is trained. separate: both hold their resources, or the job is
     refused. timeshare: engines sleep and keep theirs, so both must fit by their fractions (0.5 GPU and 0.5 GPU).
     restart: engines are given back and started again when asked next. auto: separate where both fit, else restart."""
+    stall_s: Annotated[float, Field(gt=0)] = 300.0
+    """A step without progress for so long is told of, with what each engine and worker is doing."""
+    prices: dict[str, float] = {}
+    """Price of a resource for an hour, e.g. {CPU: 0.05, GPU: 2.5}: what the cluster costs is then counted."""
     lock_ttl_s: Annotated[float, Field(gt=0)] = 60.0
     """A run's lock is taken over when its owner has not renewed it for this long."""
 

@@ -212,6 +212,8 @@ class TrainWorkers(Holder):
     """Threads of one CPU worker; default: 1, since two on a busy machine are ten times slower."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint before the job gives up."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Of one device in the precision used, e.g. 989 for bf16 on an H100: utilisation (MFU) is then reported."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
     """Deadline of placing all workers together, new nodes included."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

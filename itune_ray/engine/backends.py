@@ -65,14 +65,14 @@ class InProcessBackend:
 
     scores_under_adapters = True
 
-    def __init__(self, args: "AsyncEngineArgs"):
+    def __init__(self, args: "AsyncEngineArgs", threads: int):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         with children_die_with_me():  # tensor parallel workers
             self._engine = LLMEngine.from_engine_args(args)
         if args.enable_lora:
             self._engine.collective_rpc(_mend_adapters)
-        self._stepper = Stepper(self._engine)
+        self._stepper = Stepper(self._engine, threads)
 
     @property
     def max_model_len(self) -> int:

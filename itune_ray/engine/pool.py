@@ -6,6 +6,7 @@ crashed replica again; senders route around it meanwhile and send its requests a
 
 import asyncio
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from itune_ray.engine.llm import EngineLlm
 from itune_ray.engine.replica import Replica, ReplicaInfo
 from itune_ray.engine.routing import Router
 from itune_ray.errors import ClusterError, GenerationError, ITuneError
+from itune_ray.observe import metrics
+from itune_ray.observe.ray_sink import RAY_SINK
 
 ActorHandle = Any
 """Ray's handle of a `Replica`; its methods exist only at run time."""
@@ -202,6 +205,21 @@ class Pool:
                 continue
         return total
 
+    def describe(self) -> list[str]:
+        """A line per replica: what its engine is doing, or that it does not answer."""
+        import ray
+        from ray.exceptions import RayError
+
+        lines: list[str] = []
+        for number, (replica, info) in enumerate(zip(self.replicas, self.infos, strict=False)):
+            asked: Any = replica.status.options(concurrency_group="control").remote()
+            try:
+                told: Any = ray.get(asked, timeout=STATUS_TIMEOUT_S)
+            except RayError as error:
+                told = f"does not answer within {STATUS_TIMEOUT_S:g} s ({type(error).__name__})"
+            lines.append(f"engine {number} of {info.model} (pid {info.pid}): {told}")
+        return lines
+
     def sleep(self) -> None:
         """Let every engine give its memory up; the replicas keep their resources."""
         if not self.asleep:
@@ -246,11 +264,13 @@ class EngineHost:
 
     Args:
         placement: What becomes of engines while something else needs the cluster, see `RunSettings.placement`.
+        run: Name of the run, for actors' names and metrics.
     """
 
-    def __init__(self, placement: Placement = "auto") -> None:
+    def __init__(self, placement: Placement = "auto", run: str = "") -> None:
         self._pools: dict[str, Pool] = {}
         self._placement: Placement = placement
+        self._run = run
         self.starts = 0
         """Engines started so far."""
 
@@ -264,8 +284,9 @@ class EngineHost:
         key = pool_key(served)
         if key not in self._pools:
             self._require_room(served)
-            self._pools[key] = _start(served, can_sleep=self._placement == "timeshare")
+            self._pools[key] = _start(served, self._run, can_sleep=self._placement == "timeshare")
             self.starts += served.pool.replicas
+            metrics.count("itune_engine_starts_total", served.pool.replicas, model=served.model.path)
         self._pools[key].wake()
         return self._pools[key]
 
@@ -309,6 +330,10 @@ class EngineHost:
             wanted = {pool_key(model) for model in served}
             for key in [key for key in self._pools if key not in wanted]:
                 self._pools.pop(key).close()
+
+    def describe(self) -> list[str]:
+        """What each replica is doing, for whoever asks why nothing moves."""
+        return [line for pool in list(self._pools.values()) for line in pool.describe()]
 
     @property
     def held(self) -> dict[str, float]:
@@ -369,12 +394,12 @@ def resources_of(served: ServedModel) -> dict[str, float]:
     return {name: amount * shards for name, amount in served.pool.each.items()}
 
 
-def _start(served: ServedModel, can_sleep: bool) -> Pool:
+def _start(served: ServedModel, run: str, can_sleep: bool) -> Pool:
     """Ask for all replicas at once and wait until each has loaded its engine."""
     started = Pool(served, [], [])
     try:
         for _ in range(served.pool.replicas):
-            _add_replica(started, can_sleep)
+            _add_replica(started, run, can_sleep)
         started.infos = _wait_ready(started)
     except BaseException:
         started.close()
@@ -382,7 +407,7 @@ def _start(served: ServedModel, can_sleep: bool) -> Pool:
     return started
 
 
-def _add_replica(pool: Pool, can_sleep: bool) -> None:
+def _add_replica(pool: Pool, run: str, can_sleep: bool) -> None:
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -406,11 +431,15 @@ def _add_replica(pool: Pool, can_sleep: bool) -> None:
     as_actor: Any = ray.remote
     actor = as_actor(concurrency_groups={"control": CONTROL_CALLS})(Replica)
     threads = max(1, int(config.cpus_each))
+    number = len(pool.replicas)
+    # Shown in Ray's dashboard; unique, since the name of a killed actor is not free at once.
+    options["name"] = f"{run} engine {number} of {pool.served.model.path} ({uuid.uuid4().hex[:6]})"
     pool.replicas.append(
         actor.options(
             **options, max_restarts=config.max_restarts, max_task_retries=0, max_concurrency=config.max_outstanding
         ).remote(pool.served.engine, pool.served.model, threads, can_sleep)
     )
+    pool.replicas[-1].observed_by.options(concurrency_group="control").remote(RAY_SINK, run, number)
 
 
 def scaled(amounts: Mapping[str, float], factor: float) -> dict[str, float]:

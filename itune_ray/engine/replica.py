@@ -11,6 +11,8 @@ from itune_ray.config.shared import EngineConfig, ModelRef
 from itune_ray.engine import ENGINES
 from itune_ray.engine.base import Completion, EngineDiedError, Request
 from itune_ray.errors import GenerationError, ITuneError
+from itune_ray.observe import metrics
+from itune_ray.observe.metrics import Sink
 
 LAST_WORDS_S = 1.0
 """A dying replica lives on for this long, so that all its callers get the reason and not just a broken connection."""
@@ -54,6 +56,11 @@ class Replica:
             self._failure = error
         return time.monotonic() - started
 
+    async def observed_by(self, sink: Sink, run: str, number: int) -> None:
+        """Record requests and tokens from now on, under the run's name and this replica's number."""
+        metrics.in_context(run=run, model=self._arguments[1].path, replica=str(number))
+        metrics.send_to(sink)
+
     async def ready(self) -> ReplicaInfo:
         """Answers once the engine is loaded; raises why it is not."""
         return ReplicaInfo(self._serving().name, os.getpid(), self._load_s)
@@ -66,11 +73,15 @@ class Replica:
         self._count(request)
         task = asyncio.ensure_future(self._complete(engine, request))
         self._running[request.id] = (request, task)
+        metrics.gauge("itune_engine_running", len(self._running))
         try:
-            return await task
+            completion = await task
+            _record(completion)
+            return completion
         finally:
             if self._running.get(request.id, (None, None))[1] is task:
                 del self._running[request.id]
+            metrics.gauge("itune_engine_running", len(self._running))
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
         """One vector per text."""
@@ -116,6 +127,7 @@ class Replica:
 
     def _count(self, request: Request) -> None:
         self._requests += 1
+        metrics.count("itune_engine_requests_total")
         if self._log is not None:
             os.write(self._log, f"{request.id}\n".encode())  # one write: whole lines, also of several replicas
 
@@ -125,3 +137,11 @@ class Replica:
         if self._engine is None:
             raise GenerationError("the engine is asleep", knob="run.placement")
         return self._engine
+
+
+def _record(completion: Completion) -> None:
+    if completion.error is not None:
+        metrics.count("itune_engine_failures_total")
+    metrics.count("itune_engine_tokens_total", len(completion.prompt_token_ids), kind="prompt")
+    written = sum(len(sample.token_ids) for sample in completion.samples)
+    metrics.count("itune_engine_tokens_total", written, kind="generated")

@@ -21,10 +21,15 @@ _Waiting = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
 
 class Stepper:
-    """Owns the engine: every call into it happens on one thread, since `LLMEngine` is not thread-safe."""
+    """Owns the engine: every call into it happens on one thread, since `LLMEngine` is not thread-safe.
 
-    def __init__(self, engine: "LLMEngine"):
-        self._engine = engine
+    Args:
+        engine: The engine.
+        threads: OpenMP threads of its kernels.
+    """
+
+    def __init__(self, engine: "LLMEngine", threads: int = 1):
+        self._engine, self._threads = engine, threads
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._waiting: dict[str, _Waiting] = {}
@@ -83,6 +88,10 @@ class Stepper:
     # --- on the stepping thread ---
 
     def _run(self) -> None:
+        import torch
+
+        # A thread's number of OpenMP threads is its own, and vLLM's attention dies when it changes between two kernels.
+        torch.set_num_threads(self._threads)
         while not self._closed:
             try:
                 if not self._engine.has_unfinished_requests():

@@ -63,7 +63,7 @@ class VllmEngine:
         tokenizer = resolve(model.tokenizer, kind="tokenizer").path if model.tokenizer else folder.path
         self.name = f"{named(model.path)}@{folder.revision or folder.fingerprint}"
         encoder = load_tokenizer(tokenizer, model)
-        self._backend = _load(config, model, folder.path, tokenizer, can_sleep)
+        self._backend = _load(config, model, folder.path, tokenizer, threads, can_sleep)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
@@ -160,7 +160,9 @@ def load_tokenizer(folder: str, model: ModelRef) -> Any:
     return tokenizer
 
 
-def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, can_sleep: bool) -> Backend:
+def _load(
+    config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str, threads: int, can_sleep: bool
+) -> Backend:
     """Build the engine; whatever stops vLLM becomes one `ModelError` line."""
     try:
         from vllm.platforms import current_platform
@@ -177,7 +179,7 @@ def _load(config: VllmEngineConfig, model: ModelRef, folder: str, tokenizer: str
 
         sleep = {"enable_sleep_mode": True} if can_sleep and not on_cpu else {}
         args = AsyncEngineArgs(**{**engine_args(config, model, folder, tokenizer, on_cpu), **sleep})
-        return InProcessBackend(args) if on_cpu else AsyncBackend(args)
+        return InProcessBackend(args, threads) if on_cpu else AsyncBackend(args)
     except Exception as error:  # a wrong path, config, dtype, size or memory each raise their own kind
         raise _load_error(error, model.path) from error
 

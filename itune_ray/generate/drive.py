@@ -1,6 +1,7 @@
 """Driving inputs to their end: whatever the stream loses or repeats, the ledger decides what is still to do."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from itune_ray.config.generate import CommitConfig
 from itune_ray.data.ledger import Committer, Ledger, Outcome
 from itune_ray.data.records import Record
 from itune_ray.errors import DataError, GenerationError
+from itune_ray.observe import metrics
 
 Stream = Callable[[Sequence[Record]], Iterator[list[Outcome]]]
 """Runs the recipe over inputs; yields outcomes of whole inputs, in any order."""
@@ -76,10 +78,20 @@ def drive(
                 seen.update(outcome.input_key for outcome in fresh)
                 committer.add(fresh)
                 tally.add(fresh)
+                _record(fresh)
                 on_progress(done + len(seen), tally)
         if not seen:
             raise GenerationError(f"the recipe workers gave back none of {len(pending)} rows", got=pending[0].key)
     return tally
+
+
+def _record(outcomes: Sequence[Outcome]) -> None:
+    for (status, reason), rows in Counter((o.status, o.reason or o.cause or "") for o in outcomes).items():
+        metrics.count("itune_rows_total", rows, status=status, reason=reason[:80])
+    made = Tally()
+    made.add(outcomes)
+    metrics.count("itune_tokens_total", made.prompt_tokens, kind="prompt")
+    metrics.count("itune_tokens_total", made.generated_tokens, kind="generated")
 
 
 def check_conserved(ledger: Ledger, num_inputs: int, num_quarantined: int, rows_per_input: int | None) -> None:

@@ -192,6 +192,7 @@ def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record
                 enable_true_multi_threading=True,
             ),
         )
+    dataset.set_name(job.name)
     try:
         # Without prefetching: it would hold a finished parcel back until the next one is there.
         batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)

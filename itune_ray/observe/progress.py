@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from itune_ray.observe import metrics
+
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two lines of one task where there is no terminal (job logs)."""
 
@@ -22,12 +24,25 @@ class Task:
         self._first: int | None = None
         self._done = 0
         self._facts = ""
+        self._moved = self._started
         self._bar: TaskID | None = progress.add_bar(name, total)
 
+    @property
+    def name(self) -> str:
+        """What people know it by."""
+        return self._name
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since anything was finished."""
+        return time.monotonic() - self._moved
+
     def __enter__(self) -> Self:
+        self._progress.running.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._progress.running.remove(self)
         self._progress.finish(self._bar, self._line(time.monotonic()) if kind is None else f"{self._name}: failed")
 
     def update(self, done: int, tokens: int | None = None, total: int | None = None, **shown: object) -> None:
@@ -41,9 +56,11 @@ class Task:
         """
         now = time.monotonic()
         self._first = done if self._first is None else self._first
+        self._moved = now if done != self._done else self._moved
         self._done, self._total = done, total or self._total
         elapsed = max(now - self._started, 1e-9)
         rates = [f"{(done - self._first) / elapsed:,.1f} {self._unit}/s"]
+        self._record(elapsed, tokens)
         if tokens is not None:
             rates.append(f"{tokens / elapsed:,.0f} tokens/s")
         self._facts = "  ".join([*rates, *(f"{name} {_short(value)}" for name, value in shown.items())])
@@ -51,6 +68,16 @@ class Task:
         if now - self._spoken >= PLAIN_INTERVAL_S:
             self._spoken = now
             self._progress.say_plain(self._line(now))
+
+    def _record(self, elapsed: float, tokens: int | None) -> None:
+        metrics.gauge("itune_done", self._done, task=self._name)
+        if tokens is not None:
+            metrics.gauge("itune_tokens_per_s", tokens / elapsed, task=self._name)
+        if self._total is not None:
+            metrics.gauge("itune_todo", self._total, task=self._name)
+            rate = (self._done - (self._first or 0)) / elapsed
+            if rate > 0:
+                metrics.gauge("itune_seconds_left", (self._total - self._done) / rate, task=self._name)
 
     def _line(self, now: float) -> str:
         of = f"/{self._total}" if self._total is not None else ""
@@ -66,6 +93,8 @@ class Progress:
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None):
         self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
+        self.running: list[Task] = []
+        """Steps under way, for whoever watches that they move."""
         self._rich = RichProgress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),

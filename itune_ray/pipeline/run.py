@@ -11,7 +11,10 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.lock import RunLock
 from itune_ray.engine.pool import EngineHost
 from itune_ray.jobs import job_type, resolve
+from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress
+from itune_ray.observe.watch import Watch
+from itune_ray.pipeline.meter import Meter, record_stage
 from itune_ray.pipeline.output import output_root
 from itune_ray.pipeline.step import Step, plan
 from itune_ray.report.summary import write_summary
@@ -28,8 +31,13 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     """
     steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
     store = RunStore(output_root(job.run), job.name)
-    engines = EngineHost(job.run.placement)
-    with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
+    engines = EngineHost(job.run.placement, job.name)
+    metrics.in_context(run=job.name)
+    with (
+        RunLock(store.folder, job.run.lock_ttl_s, progress.say),
+        Watch(progress, job.run.stall_s, engines.describe),
+        Meter(job.run.prices),
+    ):
         try:
             _run_steps(steps, store, engines, job.run.ray.roles, progress)
         finally:
@@ -43,10 +51,13 @@ def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, role
     for number, step in enumerate(steps, start=1):
         job = placed(step.resolve(_paths(artifacts)), roles)
         started = time.time()
+        metrics.in_context(stage=step.name, job_type=step.job)
         artifact = resolve(job_type(step.job).function)(job, store, step.name, engines, progress)
         artifacts[step.name] = artifact
         if artifact.manifest["finished"] < started:
             skipped.add(step.name)
+        else:
+            record_stage(artifact)
         verb = "skipped (finished before)" if step.name in skipped else f"done in {time.time() - started:.1f} s"
         progress.say(f"[{number}/{len(steps)}] {step.name}: {verb}  {artifact.path()}")
         write_summary(list(artifacts.values()), store, skipped)

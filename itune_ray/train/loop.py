@@ -21,6 +21,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
 from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
+from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.forward import micro_batches
@@ -40,8 +41,8 @@ from itune_ray.train.world import World, current_world, start_from_environment
 
 Row = dict[str, Any]
 OnProgress = Callable[[int, int, Row], None]
-"""(steps done, total steps, the step's row of metrics.jsonl and, as `held_out_loss`, the newest of validation.jsonl);
-called on rank 0 only."""
+"""(steps done, total steps, the step's row of metrics.jsonl and beside it `held_out_loss`, the newest of
+validation.jsonl, `checkpoint_seconds`, `packing_efficiency` and `flops_per_s`); called on rank 0 only."""
 
 
 def train_local(
@@ -111,7 +112,7 @@ def train_rank(
         apart = Folder.at(stage_dir) / VALIDATION
         held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
     loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out)
-    metrics = loop.run(on_progress, stop_at)
+    metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
     return TrainOutcome(
@@ -124,6 +125,16 @@ def train_rank(
         prepared.rejected,
         checkpoints.at(steps).uri,
     )
+
+
+def _with_flops(on_progress: OnProgress, report: ParameterReport) -> OnProgress:
+    """Adds the model's FLOPs: 2 per parameter and token forward, 2 for activation and 2 for weight gradients."""
+    per_token = 4 * report.total + 2 * report.trainable
+
+    def told(step: int, total: int, row: Row) -> None:
+        on_progress(step, total, {**row, "flops_per_s": per_token * row["tokens_per_s"]})
+
+    return told
 
 
 def _export(
@@ -195,6 +206,7 @@ class Loop:
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
         validation, held_out = self._validation(start)
         row: Row = {}
+        saved: Row = {}
         for step in range(start, end):
             row = self._step(step)
             if validation is not None and validation.due(step + 1, self._total):
@@ -202,12 +214,21 @@ class Loop:
             if log is not None and ((step + 1) % self._job.log_every == 0 or step + 1 == self._total):
                 log.write(row)
                 if on_progress is not None:
-                    on_progress(step + 1, self._total, {**row, **held_out})
+                    on_progress(step + 1, self._total, {**row, **held_out, **saved, **self._filled(step)})
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
+                began = time.perf_counter()
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
+                saved = {"checkpoint_seconds": time.perf_counter() - began}
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
+
+    def _filled(self, step: int) -> Row:
+        """Share of the packed rows' places that hold a token."""
+        if not self._job.packing:
+            return {}
+        places = self._table.num_rows(step) * self._job.pack_capacity
+        return {"packing_efficiency": self._table.tokens(step) / places}
 
     def _validation(self, start: int) -> tuple[Validation | None, Row]:
         """The held-out rows and what is known of them: a fresh run scores them first."""

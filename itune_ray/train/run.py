@@ -28,6 +28,7 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.storage import Folder
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ITuneError, TrainError
+from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
 
@@ -73,7 +74,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         held_out, unread = read_held_out(job.validation.data)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     with progress.task(stage, prepared.plan.steps, unit="steps") as task:
-        outcome = fit(job, prepared, artifact.path(), _shown(task))
+        outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers))
     report = outcome.parameters
     rows_in = prepared.accepted + sum(prepared.rejected.values())
     artifact.finish(
@@ -118,14 +119,32 @@ def _make_room(job: TrainJob, engines: EngineHost, say: Callable[[str], None]) -
     room.await_room([workers.each] * workers.num, workers.start_timeout_s, what, "workers.start_timeout_s", say)
 
 
-def _shown(task: Task) -> OnProgress:
+GAUGES = {
+    "loss": "itune_loss",
+    "held_out_loss": "itune_held_out_loss",
+    "grad_norm": "itune_grad_norm",
+    "lr": "itune_learning_rate",
+    "packing_efficiency": "itune_packing_efficiency",
+    "checkpoint_seconds": "itune_checkpoint_seconds",
+}
+"""What the loop tells, as metrics."""
+
+
+def _shown(task: Task, workers: TrainWorkers) -> OnProgress:
     seen = 0
+    peak = workers.num * workers.peak_tflops * 1e12 if workers.peak_tflops else None
 
     def show(step: int, _: int, row: dict[str, Any]) -> None:
         nonlocal seen
         seen += int(row["tokens"])
         shown = {name: float(row[name]) for name in ("loss", "held_out_loss", "lr") if name in row}
+        if peak is not None:
+            shown["mfu"] = float(row["flops_per_s"]) / peak
+            metrics.gauge("itune_mfu", shown["mfu"])
         task.update(step, seen, None, **shown)
+        metrics.count("itune_tokens_total", int(row["tokens"]), kind="trained")
+        for name in GAUGES.keys() & row.keys():
+            metrics.gauge(GAUGES[name], float(row[name]))
 
     return show
 

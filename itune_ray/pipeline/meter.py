@@ -1,0 +1,74 @@
+"""[Ray] What a run cost and made, as metrics: the finished stages' figures, and the cluster's price while it works."""
+
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from itune_ray.data.artifact import Artifact
+from itune_ray.observe import metrics
+
+SAMPLE_S = 10.0
+
+
+def record_stage(artifact: Artifact) -> None:
+    """Figures of a stage that has just finished; rows of `generate` and tokens of `train` were counted as they came."""
+    facts = artifact.manifest
+    metrics.gauge("itune_stage_seconds", facts["seconds"])
+    if facts.get("funnel") and artifact.job_type != "generate":
+        metrics.count_funnel(facts["funnel"])
+    if artifact.job_type == "evaluate":
+        metrics.count("itune_tokens_total", facts["prompt_tokens"], kind="prompt")
+        metrics.count("itune_tokens_total", facts["generated_tokens"], kind="generated")
+        _scores(artifact.folder.read_json("scores.json"))
+    if artifact.job_type == "sweep":
+        for ended, number in facts["trials"].items():
+            metrics.gauge("itune_trials", number, ended=ended)
+
+
+def _scores(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    for model, per in scores.items():
+        for benchmark, score in per.items():
+            for bound in ("value", "low", "high"):
+                metrics.gauge("itune_score", score[bound], model=model, benchmark=benchmark, bound=bound)
+
+
+class Meter:
+    """Adds up what the cluster costs while the run works: every living node counts, busy or not.
+
+    Args:
+        prices: Price of one resource for an hour; empty: nothing is counted.
+    """
+
+    def __init__(self, prices: Mapping[str, float]):
+        self._prices = prices
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="meter")
+
+    def __enter__(self) -> Self:
+        if self._prices:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._stop.set()
+        if self._prices:
+            self._thread.join()
+
+    def _run(self) -> None:
+        cost, last = 0.0, time.monotonic()
+        while not self._stop.wait(SAMPLE_S):
+            now = time.monotonic()
+            cost, last = cost + self._per_hour() * (now - last) / 3600, now
+            metrics.gauge("itune_cost", cost)
+
+    def _per_hour(self) -> float:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            total = ray.cluster_resources() if ray.is_initialized() else {}
+        except RayError:
+            return 0.0
+        return sum(self._prices.get(name, 0.0) * amount for name, amount in total.items())
