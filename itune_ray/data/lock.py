@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,13 +15,17 @@ from itune_ray.data.storage import Folder
 from itune_ray.errors import StorageError
 
 NAME = "driver.lock"
+SETTLE_S = 1.0
+"""Longer than a write to an object store takes to be seen by all."""
 
 
 class RunLock:
     """Held by a run's driver from start to end.
 
     A lock whose owner died is taken over: at once where this machine can see that the process is gone, else when it
-    was not renewed for `ttl_s` seconds.
+    was not renewed for `ttl_s` seconds. On a local filesystem two drivers can never both have it. Object stores are
+    written to without a condition: there the last to write has it, each looks again after `SETTLE_S`, and a driver
+    that finds another's name while it renews is interrupted.
     """
 
     def __init__(self, folder: Folder, ttl_s: float = 60.0, say: Callable[[str], None] = lambda line: None):
@@ -32,6 +37,10 @@ class RunLock:
     def __enter__(self) -> Self:
         self._wait_for_the_dead()
         self._write()
+        if not self._folder.is_local:
+            time.sleep(SETTLE_S)
+            if (other := self._other()) is not None:
+                raise _taken(other)
         self._renewer.start()
         return self
 
@@ -48,12 +57,7 @@ class RunLock:
         deadline = time.monotonic() + self._ttl_s
         while owner is not None and not self._is_dead(owner):
             if self._seen_alive(owner) or owner != first:
-                raise StorageError(
-                    "another driver is working on this run",
-                    got=f"pid {owner['pid']} on {owner['host']}",
-                    allowed="one driver per run; stop it, or choose another name or output root",
-                    knob="name or run.output",
-                )
+                raise _taken(owner)
             if time.monotonic() > deadline:
                 return
             self._say(f"the run is locked by pid {owner['pid']} on {owner['host']}; waiting to see whether it lives")
@@ -95,9 +99,31 @@ class RunLock:
     def _write(self) -> None:
         self._folder.write_json(NAME, {**self._me, "renewed": time.time()})
 
+    def _other(self) -> dict[str, Any] | None:
+        """The owner, where it is not this driver."""
+        owner = self._owner()
+        return None if owner is None or _same(owner, self._me) else owner
+
     def _renew(self) -> None:
         while not self._stop.wait(self._ttl_s / 4):
-            self._write()
+            other = self._other()
+            if other is not None:
+                self._say(f"the run's lock was taken over by pid {other['pid']} on {other['host']}: this driver stops")
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            try:
+                self._write()
+            except StorageError as error:  # the next one may succeed; until `ttl_s` nobody else takes the lock
+                self._say(f"the run's lock could not be renewed: {error}")
+
+
+def _taken(owner: dict[str, Any]) -> StorageError:
+    return StorageError(
+        "another driver is working on this run",
+        got=f"pid {owner['pid']} on {owner['host']}",
+        allowed="one driver per run; stop it, or choose another name or output root",
+        knob="name or run.output",
+    )
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -60,13 +60,15 @@ class Folder:
         try:
             return self.fs.get_file_info(self._at(name)).type
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise StorageError(f"cannot reach the storage: {reason}", got=f"{self.uri}/{name}".rstrip("/")) from None
+            raise self._unreachable(name, error) from None
 
     def names(self) -> list[str]:
         """Sorted names of the files and folders in it; empty when it does not exist."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.fs.get_file_info(selector) if not _is_partial(info.base_name))
+        try:
+            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        except OSError as error:
+            raise self._unreachable("", error) from None
+        return sorted(info.base_name for info in infos if not _is_partial(info.base_name))
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file."""
@@ -129,10 +131,20 @@ class Folder:
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens when it is not there."""
         kind = self.kind(name)
-        if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(self._at(name))
-        elif kind == pafs.FileType.File:
-            self.fs.delete_file(self._at(name))
+        try:
+            if kind == pafs.FileType.Directory:
+                self.fs.delete_dir(self._at(name))
+            elif kind == pafs.FileType.File:
+                self.fs.delete_file(self._at(name))
+        except FileNotFoundError:  # somebody else was faster
+            return
+        except OSError as error:
+            raise self._unreachable(name, error) from None
+
+    def _unreachable(self, name: str, error: OSError) -> StorageError:
+        reason = " ".join(str(error).split())[:200]
+        got = f"{self.uri}/{name}".rstrip("/")
+        return StorageError(f"cannot reach the storage: {reason}", got=got, knob="run.output")
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
