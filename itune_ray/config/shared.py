@@ -188,6 +188,8 @@ class PoolConfig(Holder):
     """Replicas, all asked for at once."""
     gpus_each: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica; with tensor or pipeline parallel engines, of one shard."""
+    env: dict[str, str] = {}
+    """Environment variables of every replica, e.g. {NCCL_SOCKET_IFNAME: ens5}."""
     max_outstanding: Positive = 512
     """Requests a replica holds at once; more wait at the sender, which is the backpressure."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

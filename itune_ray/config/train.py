@@ -208,6 +208,8 @@ class TrainWorkers(Holder):
     role: ClassVar[Role] = "train"
 
     num: Positive = 1
+    env: dict[str, str] = {}
+    """Environment variables of every worker, e.g. {NCCL_SOCKET_IFNAME: ens5, FI_PROVIDER: efa}."""
     torch_threads: Positive | None = None
     """Threads of one CPU worker; default: 1, since two on a busy machine are ten times slower."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -219,7 +221,7 @@ class TrainWorkers(Holder):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Of torch.distributed; auto: nccl where workers have GPUs, else gloo."""
     collective_timeout_s: Positive = 600
-    """Deadline of one collective; the rank that missed it is named."""
+    """Deadline of one collective; a rank that did not come is named."""
 
 
 class CheckpointConfig(Schema):

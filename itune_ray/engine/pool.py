@@ -428,6 +428,8 @@ def _add_replica(pool: Pool, run: str, can_sleep: bool) -> None:
                 group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
             ),
         }
+    if config.env:
+        options["runtime_env"] = {"env_vars": config.env}
     as_actor: Any = ray.remote
     actor = as_actor(concurrency_groups={"control": CONTROL_CALLS})(Replica)
     threads = max(1, int(config.cpus_each))

@@ -1,7 +1,9 @@
 """Whether long steps move: one that does not is told of, with what every process that may be the cause is doing."""
 
+import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +12,17 @@ from itune_ray.observe.progress import Progress, Task
 
 Describe = Callable[[], Iterable[str]]
 """One line per process: who it is and what it does. May take seconds, and must not raise."""
+_asked: list[Describe] = []
+
+
+@contextlib.contextmanager
+def explained_by(describe: Describe) -> Iterator[None]:
+    """Ask it too while the block runs, when a step stands still."""
+    _asked.append(describe)
+    try:
+        yield
+    finally:
+        _asked.remove(describe)
 
 
 class Watch:
@@ -17,11 +30,10 @@ class Watch:
 
     Args:
         after_s: Speak when a step has been still for so long, and again each time that doubles.
-        describe: Asked then.
     """
 
-    def __init__(self, progress: Progress, after_s: float, describe: Describe):
-        self._progress, self._after_s, self._describe = progress, after_s, describe
+    def __init__(self, progress: Progress, after_s: float):
+        self._progress, self._after_s = progress, after_s
         self._told: dict[Task, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -44,7 +56,8 @@ class Watch:
                 self._told.pop(task, None)
             elif still >= 2 * self._told.get(task, self._after_s / 2):
                 self._told[task] = still
-                causes = "; ".join(self._describe()) or "nothing that runs can be asked"
+                told = itertools.chain.from_iterable(describe() for describe in list(_asked))
+                causes = "; ".join(told) or "nothing that runs can be asked"
                 self._progress.say(f"{task.name}: no progress for {still:.0f} s; {causes}")
 
     def _run(self) -> None:

@@ -13,7 +13,7 @@ from itune_ray.engine.pool import EngineHost
 from itune_ray.jobs import job_type, resolve
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress
-from itune_ray.observe.watch import Watch
+from itune_ray.observe.watch import Watch, explained_by
 from itune_ray.pipeline.meter import Meter, record_stage
 from itune_ray.pipeline.output import output_root
 from itune_ray.pipeline.step import Step, plan
@@ -35,7 +35,8 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     metrics.in_context(run=job.name)
     with (
         RunLock(store.folder, job.run.lock_ttl_s, progress.say),
-        Watch(progress, job.run.stall_s, engines.describe),
+        Watch(progress, job.run.stall_s),
+        explained_by(engines.describe),
         Meter(job.run.prices),
     ):
         try:

@@ -44,6 +44,10 @@ OnProgress = Callable[[int, int, Row], None]
 """(steps done, total steps, the step's row of metrics.jsonl and beside it `held_out_loss`, the newest of
 validation.jsonl, `checkpoint_seconds`, `packing_efficiency` and `flops_per_s`); called on rank 0 only."""
 
+OnPlace = Callable[[int, str], None]
+"""(step, `prepares` its batches | `computes` with the other ranks | `saves`), called before a rank does it: when a
+collective times out, the rank that never came to where the others wait can be named."""
+
 
 def train_local(
     job: TrainJob,
@@ -79,10 +83,12 @@ def train_rank(
     on_progress: OnProgress | None = None,
     *,
     stop_at: int | None = None,
+    on_place: OnPlace | None = None,
 ) -> TrainOutcome:
     """One rank's whole run: build, resume, step to the end, export. Collective over all ranks.
 
     Args:
+        on_place: Told on every rank where it is, see `OnPlace`.
         stop_at: Pause once so many steps are done: checkpoint, and export to `pause_folder` what can be served, the
             adapter alone where there is one. A later call goes on as if there had been no pause.
 
@@ -111,7 +117,7 @@ def train_rank(
     if job.validation is not None:
         apart = Folder.at(stage_dir) / VALIDATION
         held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
-    loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out)
+    loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
@@ -188,7 +194,9 @@ class Loop:
         checkpoints: Checkpoints,
         stage_dir: str,
         held_out: Rows | None = None,
+        on_place: OnPlace | None = None,
     ):
+        self._on_place = on_place or (lambda step, place: None)
         self._job, self._rows, self._stepper, self._checkpoints = job, rows, stepper, checkpoints
         self._table, self._held_out = rows.table, held_out
         self._stage_dir, self._world = stage_dir, stepper.world
@@ -217,6 +225,7 @@ class Loop:
                     on_progress(step + 1, self._total, {**row, **held_out, **saved, **self._filled(step)})
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
                 began = time.perf_counter()
+                self._on_place(step + 1, "saves")
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
                 saved = {"checkpoint_seconds": time.perf_counter() - began}
                 if log is not None:
@@ -252,7 +261,10 @@ class Loop:
         began = time.perf_counter()
         lr = self._optimizers.set_lr(lr_factor(self._job.schedule, step, self._total))
         self._seed(step)
-        result = self._stepper(self._micro_batches(step))
+        self._on_place(step + 1, "prepares")
+        batches = self._micro_batches(step)
+        self._on_place(step + 1, "computes")
+        result = self._stepper(batches)
         seconds = time.perf_counter() - began
         if not _finite(result):
             raise TrainError(

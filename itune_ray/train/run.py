@@ -12,7 +12,10 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
+from itune_ray.observe.watch import explained_by
 from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
 
 if TYPE_CHECKING:
@@ -253,11 +257,12 @@ def fit(
             name="ray-train",
             storage_path=stage.uri,
             failure_config=ray.train.FailureConfig(max_failures=job.workers.max_failures),
+            worker_runtime_env={"env_vars": job.workers.env} if job.workers.env else None,
         ),
     )
     try:
-        with _relayed(board, on_progress):
-            _fit(trainer)
+        with _relayed(board, on_progress), explained_by(lambda: _ranks(board)):
+            _fit(trainer, board)
         error: Any = ray.get(board.failure.remote())
         if error is not None:
             raise error
@@ -270,7 +275,17 @@ def fit(
     return outcome
 
 
-def _fit(trainer: Any) -> None:
+def _ranks(board: Any) -> list[str]:
+    from ray.exceptions import RayError
+
+    try:
+        lines: Any = ray.get(board.ranks.remote(), timeout=POLL_S * 4)
+        return lines
+    except RayError:
+        return []
+
+
+def _fit(trainer: Any, board: Any) -> None:
     import ray.train
 
     try:
@@ -278,9 +293,16 @@ def _fit(trainer: Any) -> None:
     except ray.train.WorkerGroupError as failed:
         rank, cause = min(failed.worker_failures.items())
         reason = str(cause).strip().splitlines()[-1]
+        places = "; ".join(_ranks(board))
+        told = f" ({places})" if places and _TIMED_OUT.search(reason) else ""
         raise TrainError(
-            f"training failed too often; last on rank {rank}: {reason}", knob="workers.max_failures"
+            f"training failed too often; last on rank {rank}: {reason}{told}",
+            knob="workers.collective_timeout_s" if told else "workers.max_failures",
         ) from failed
+
+
+_TIMED_OUT = re.compile(r"tim(ed|e) ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
+"""What gloo and NCCL say when another rank did not come, or gave up first."""
 
 
 def _backend(workers: TrainWorkers) -> str:
@@ -297,12 +319,31 @@ def _scaling(job: TrainJob) -> "ray.train.ScalingConfig":
     )
 
 
+RANKS_TOLD = 4
+"""Of many ranks, the ones furthest behind are the ones to look at."""
+
+
 class _Board:
     """The one thing workers tell the driver directly: progress rows, and an error that no retry mends."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, dict[str, Any]]] = []
         self._failure: ITuneError | None = None
+        self._places: dict[int, tuple[int, str, str, float]] = {}
+
+    def at(self, rank: int, host: str, step: int, place: str) -> None:
+        self._places[rank] = step, place, host, time.monotonic()
+
+    def ranks(self) -> list[str]:
+        """Where each rank is, those behind the others first; many that are equal are counted."""
+        order = ("prepares", "computes", "saves")
+        ranked = sorted(self._places.items(), key=lambda item: (item[1][0], order.index(item[1][1]), item[0]))
+        now = time.monotonic()
+        lines = [
+            f"rank {rank} on {host} {place} step {step} for {now - since:.0f} s"
+            for rank, (step, place, host, since) in ranked
+        ]
+        return lines if len(lines) <= RANKS_TOLD else [*lines[:RANKS_TOLD], f"{len(lines) - RANKS_TOLD} ranks more"]
 
     def put(self, step: int, total: int, row: dict[str, Any]) -> None:
         self._rows.append((step, total, row))
@@ -362,17 +403,19 @@ def _worker(config: dict[str, Any]) -> None:
         return
     if not job.workers.gpus_each:
         torch.set_num_threads(job.workers.torch_threads or 1)
+    rank, host = ray.train.get_context().get_world_rank(), socket.gethostname()
     try:
         outcome = train_rank(
             job,
             config["prepared"],
             config["stage_dir"],
             on_progress=lambda step, total, row: board.put.remote(step, total, row),
+            on_place=lambda step, place: board.at.remote(rank, host, step, place),
             stop_at=config["stop_at"],
         )
     except ITuneError as error:
         ray.get(board.fail.remote(error))
         dist.destroy_process_group()
         return
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         write_outcome(outcome, config["out"])

@@ -8,7 +8,7 @@ import pytest
 from itune_ray.observe import metrics
 from itune_ray.observe.names import METRICS
 from itune_ray.observe.progress import Progress
-from itune_ray.observe.watch import Watch
+from itune_ray.observe.watch import Watch, explained_by
 
 
 class Kept:
@@ -83,7 +83,7 @@ def test_a_step_that_stands_still_is_told_of_rarely_and_with_its_causes(sink, wa
     stream = io.StringIO()
     with Progress(stream=stream) as progress, progress.task("distill", 100) as task:
         task.update(1)
-        with Watch(progress, 0.2, lambda: ["engine 0 of m (pid 7): 3 requests in the engine"]):
+        with explained_by(lambda: ["engine 0 of m (pid 7): 3 requests in the engine"]), Watch(progress, 0.2):
             wait_until(lambda: stream.getvalue().count("no progress") >= 2, "it was told twice", timeout=10)
             first = time.monotonic()
             task.update(2)

@@ -103,3 +103,37 @@ def test_an_error_of_the_users_is_raised_once_and_not_retried(local_ray, folder,
     stage = str(tmp_path)
     with pytest.raises(TrainError, match=r"not finite at step 2.*optimizer\.lr"):
         fit(job, prepare(job, tiny.chats(40), stage), stage)
+
+
+def test_ranks_behind_the_others_are_told_first():
+    from itune_ray.train.run import RANKS_TOLD, _Board
+
+    board = _Board()
+    for rank in range(7):
+        board.at(rank, "node-a", 12, "computes")
+    board.at(5, "node-b", 12, "prepares")
+    first, *_, last = board.ranks()
+    assert first.startswith("rank 5 on node-b prepares step 12 for ")
+    assert last == f"{7 - RANKS_TOLD} ranks more"
+
+
+@pytest.mark.real
+def test_a_rank_that_hangs_ends_in_one_line_that_names_ranks(local_ray, folder, tmp_path):
+    from itune_ray.train.run import fit, prepare
+
+    stopped = []
+
+    def on_progress(step, total, row):
+        if not stopped:
+            workers = [
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+            ]
+            stopped.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGSTOP)
+
+    workers = {"num": 2, "max_failures": 0, "collective_timeout_s": 5}
+    job = two_workers(folder, steps=400, workers=workers, log_every=1)
+    prepared = prepare(job, tiny.chats(40), str(tmp_path))
+    with pytest.raises(TrainError, match=r"training failed too often; last on rank \d: .*rank \d on .* step \d+ for"):
+        fit(job, prepared, str(tmp_path), on_progress)
+    assert stopped
