@@ -88,10 +88,10 @@ class Stepper:
     # --- on the stepping thread ---
 
     def _run(self) -> None:
-        import torch
+        from torch._C import set_num_threads  # vLLM makes torch.set_num_threads do nothing
 
         # A thread's number of OpenMP threads is its own, and vLLM's attention dies when it changes between two kernels.
-        torch.set_num_threads(self._threads)
+        set_num_threads(self._threads)
         while not self._closed:
             try:
                 if not self._engine.has_unfinished_requests():

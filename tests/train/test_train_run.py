@@ -58,10 +58,10 @@ def test_a_cluster_tokenises_into_the_same_order(local_ray, folder, tmp_path, mo
         assert sorted(k for row in a for k in row) == sorted(k for row in b for k in row)
 
 
-def kill_a_worker():
+def signal_a_worker(number):
     """Only below this process: other Rays may run on the machine."""
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    os.kill(workers[0].pid, signal.SIGKILL)
+    os.kill(workers[0].pid, number)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, 
     def on_progress(step, total, row):
         seen.append(step)
         if len(seen) == kill_at:
-            kill_a_worker()
+            signal_a_worker(signal.SIGKILL)
 
     job = two_workers(folder, steps=steps, checkpoint={"every_steps": 70 if kill_at else 5})
     train_local(job, records, str(tmp_path / "one"))
@@ -118,6 +118,7 @@ def test_ranks_behind_the_others_are_told_first():
 
 
 @pytest.mark.real
+@pytest.mark.soak
 def test_a_rank_that_hangs_ends_in_one_line_that_names_ranks(local_ray, folder, tmp_path):
     from itune_ray.train.run import fit, prepare
 
@@ -125,11 +126,8 @@ def test_a_rank_that_hangs_ends_in_one_line_that_names_ranks(local_ray, folder, 
 
     def on_progress(step, total, row):
         if not stopped:
-            workers = [
-                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
-            ]
-            stopped.append(workers[0].pid)
-            os.kill(workers[0].pid, signal.SIGSTOP)
+            stopped.append(step)
+            signal_a_worker(signal.SIGSTOP)
 
     workers = {"num": 2, "max_failures": 0, "collective_timeout_s": 5}
     job = two_workers(folder, steps=400, workers=workers, log_every=1)
