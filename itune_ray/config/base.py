@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 from itune_ray.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
+SECRET = "secret"
+"""Type of an error whose input must not be repeated."""
 JINJA = ("{%", "{{")
 """What opens a template on the command line, which YAML would take for a mapping."""
 
@@ -186,7 +188,8 @@ def _explain(schema: type[Schema], error: ErrorDetails) -> str:
         tag = str(context.get("tag", ""))
         return f"`{path}.type` is {tag!r}{did_you_mean(tag, tags)}; allowed: {', '.join(tags)}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"`{path}`: {message[:1].lower() + message[1:]}; got {error['input']!r}"
+    got = "" if error["type"] == SECRET else f"; got {error['input']!r}"
+    return f"`{path}`: {message[:1].lower() + message[1:]}{got}"
 
 
 def _path_of(schema: type[Schema], loc: Sequence[int | str]) -> list[str]:

@@ -4,11 +4,13 @@ Every section that asks a cluster for processes is a `Holder` with a role; `run.
 the nodes of a role carry. Where a process runs never changes what it makes, so none of this is part of any identity.
 """
 
+import re
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from itune_ray.config.base import Schema, mapped
+from itune_ray.config.base import SECRET, Schema, mapped
 
 Role = Literal["data", "infer", "train"]
 SHARE = 0.001
@@ -25,6 +27,21 @@ class Roles(Schema):
     """Engine replicas."""
     train: str | None = None
     """Training workers and the pruning actor."""
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+
+
+def _no_secret(env: dict[str, str]) -> dict[str, str]:
+    for name in env:
+        if _SECRET.search(name):
+            told = "the variable {name} looks like a secret, and configs are kept: set it in the environment"
+            raise PydanticCustomError(SECRET, told, {"name": name})
+    return env
+
+
+Env = Annotated[dict[str, str], AfterValidator(_no_secret)]
+"""Environment variables of processes; never secrets, since the resolved config is kept."""
 
 
 class Holder(Schema):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema, Tree
-from itune_ray.config.roles import Holder, Role, Roles
+from itune_ray.config.roles import Env, Holder, Role, Roles
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -188,7 +188,7 @@ class PoolConfig(Holder):
     """Replicas, all asked for at once."""
     gpus_each: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica; with tensor or pipeline parallel engines, of one shard."""
-    env: dict[str, str] = {}
+    env: Env = {}
     """Environment variables of every replica, e.g. {NCCL_SOCKET_IFNAME: ens5}."""
     max_outstanding: Positive = 512
     """Requests a replica holds at once; more wait at the sender, which is the backpressure."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
-from itune_ray.config.roles import Holder, Role
+from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
 # --- adaptation ----------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class TrainWorkers(Holder):
     role: ClassVar[Role] = "train"
 
     num: Positive = 1
-    env: dict[str, str] = {}
+    env: Env = {}
     """Environment variables of every worker, e.g. {NCCL_SOCKET_IFNAME: ens5, FI_PROVIDER: efa}."""
     torch_threads: Positive | None = None
     """Threads of one CPU worker; default: 1, since two on a busy machine are ten times slower."""

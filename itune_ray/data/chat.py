@@ -137,7 +137,7 @@ class ChatRenderer:
     def _by_markers(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         try:
             encoded = self.tokenizer.apply_chat_template(list(messages), return_assistant_tokens_mask=True)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, OverflowError) as error:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
         ids = list(encoded["input_ids"])
         spans = _runs([bool(flag) for flag in encoded["assistant_masks"]])
@@ -188,7 +188,7 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, OverflowError) as error:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
 
     def _encode(self, text: str) -> list[int]:

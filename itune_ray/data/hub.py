@@ -34,6 +34,7 @@ _MARKER_FILES: dict[Kind, tuple[str, ...]] = {
 }
 _WANTED_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -106,6 +107,21 @@ def _check_kind(folder: Path, path: str, kind: Kind) -> None:
             f"the folder is no {kind}: it holds no {' or '.join(markers)} (it holds {present})",
             got=path,
             allowed=f"a Hugging Face {kind} folder",
+            knob="model.path",
+        )
+    if kind != "tokenizer":
+        _check_weights(folder, path)
+
+
+def _check_weights(folder: Path, path: str) -> None:
+    """Pickled weights run code when they are opened: only safetensors are read, by whatever stage."""
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    pickled = sorted(name for name in names if name.endswith(_PICKLED))
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise ModelError(
+            f"the weights are pickled ({pickled[0]}), and opening them would run whatever code they hold",
+            got=path,
+            allowed="weights in .safetensors; convert them where you trust them",
             knob="model.path",
         )
 

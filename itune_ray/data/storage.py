@@ -35,6 +35,12 @@ class Folder:
         if "://" not in text:
             absolute = os.path.abspath(os.path.expanduser(text))
             return cls(pafs.LocalFileSystem(), absolute, absolute)
+        if "@" in text.split("://", 1)[1].split("/", 1)[0]:
+            raise StorageError(
+                "the URI carries credentials, which would end up in logs and manifests",
+                got=f"{text.split('://', 1)[0]}://...@{text.rsplit('@', 1)[1]}",
+                allowed="credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)",
+            )
         try:
             fs, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError) as error:

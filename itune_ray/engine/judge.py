@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.engine.base import Llm
 from itune_ray.errors import ConfigError
@@ -90,7 +91,7 @@ class Judge:
 
     def messages(self, prompt: str, response: str) -> tuple[dict[str, str], ...]:
         """The chat that the judge is asked."""
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
         asked = environment.from_string(self.template).render(
             prompt=prompt, response=response, dimension=self._dimension, low=f"{self._low:g}", high=f"{self._high:g}"
         )

@@ -50,6 +50,7 @@ def plan(job: PipelineJob) -> list[Step]:
     steps: list[Step] = []
     for name, tree in job.steps.items():
         step = _step(job, name, dict(tree))
+        _check_inside(name, step)
         for reference in sorted(step.references()):
             earlier = [s.name for s in steps]
             if reference not in earlier:
@@ -61,6 +62,21 @@ def plan(job: PipelineJob) -> list[Step]:
         step.resolve(lambda step, payload: f"step://{step}/{payload}")
         steps.append(step)
     return steps
+
+
+def _check_inside(name: str, step: Step) -> None:
+    """A payload is a file of the artifact, and nothing beside it."""
+
+    def check(reference: str, payload: str) -> str:
+        if payload.startswith("/") or ".." in payload.split("/"):
+            raise ConfigError(
+                f"step {name} refers to something outside an artifact",
+                got=f"step://{reference}/{payload}",
+                allowed="step://NAME/PAYLOAD, with a payload inside the step's folder",
+            )
+        return payload
+
+    _replaced(step.config, check)
 
 
 def _step(job: PipelineJob, name: str, tree: dict[str, Any]) -> Step:

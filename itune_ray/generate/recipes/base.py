@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
@@ -118,4 +119,4 @@ def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> jinja2.Template:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
+    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
