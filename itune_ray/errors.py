@@ -8,6 +8,9 @@ process boundaries unchanged.
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 300
+"""Characters of a value that a message repeats."""
+
 
 class ITuneError(Exception):
     """Root of every error that itune-ray raises on purpose.
@@ -23,7 +26,7 @@ class ITuneError(Exception):
         self.what, self.got, self.allowed, self.knob = what, got, allowed, knob
         parts = [what]
         if got is not None:
-            parts.append(f"got {got!r}")
+            parts.append(f"got {brief(got)}")
         if allowed is not None:
             parts.append(f"allowed: {allowed}")
         if knob is not None:
@@ -72,6 +75,12 @@ class CompressError(ITuneError):
 
 class EvalError(ITuneError):
     """An evaluation cannot be run or scored."""
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

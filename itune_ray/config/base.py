@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from itune_ray.errors import ConfigError, did_you_mean
+from itune_ray.errors import ConfigError, brief, did_you_mean
 
 Tree = dict[str, Any]
 SECRET = "secret"
@@ -188,7 +188,7 @@ def _explain(schema: type[Schema], error: ErrorDetails) -> str:
         tag = str(context.get("tag", ""))
         return f"`{path}.type` is {tag!r}{did_you_mean(tag, tags)}; allowed: {', '.join(tags)}"
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if error["type"] == SECRET else f"; got {error['input']!r}"
+    got = "" if error["type"] == SECRET else f"; got {brief(error['input'])}"
     return f"`{path}`: {message[:1].lower() + message[1:]}{got}"
 
 
