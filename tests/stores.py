@@ -1,30 +1,52 @@
 """An S3-compatible server for tests; it and all that is started beside it speak by the usual variables."""
 
 import contextlib
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
-import boto3
+import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
+from clusters import free_port
 
 
 @contextlib.contextmanager
-def s3(bucket: str = "bucket") -> Iterator[ThreadedMotoServer]:
-    """The server, with one bucket; processes started meanwhile find it by their environment."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
+def s3(bucket: str = "bucket") -> Iterator[None]:
+    """The server, in a process of its own, with one bucket; processes started meanwhile find it by environment."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     given = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in given.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=bucket)
+    try:
+        _wait_for(given["AWS_ENDPOINT_URL"])
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in given.items():
+                patch.setenv(name, value)
+            place = {"scheme": "http", "endpoint_override": f"127.0.0.1:{port}"}
+            keys = {"access_key": "test", "secret_key": "test", "region": "us-east-1"}
+            pafs.S3FileSystem(**keys, **place, allow_bucket_creation=True).create_dir(bucket)
+            yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
         try:
-            yield server
-        finally:
-            server.stop()
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)

@@ -109,7 +109,7 @@ class RunLock:
             other = self._other()
             if other is not None:
                 self._say(f"the run's lock was taken over by pid {other['pid']} on {other['host']}: this driver stops")
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)  # the command line ends as for an interrupt
                 return
             try:
                 self._write()

@@ -1,5 +1,6 @@
 """Folders, ledgers and the run lock over a real S3 protocol; and what is said when the store is gone."""
 
+import signal
 import time
 
 import pyarrow as pa
@@ -67,11 +68,17 @@ def test_of_two_who_found_it_free_the_last_to_write_has_it(store, monkeypatch):
         lock.__enter__()
 
 
-def test_a_driver_whose_lock_was_taken_over_is_interrupted(store):
+def test_a_driver_whose_lock_was_taken_over_is_stopped(store):
     said = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)  # as the command line does
     with pytest.raises(KeyboardInterrupt), RunLock(store / "lost", ttl_s=0.4, say=said.append) as lock:  # noqa: PT012
         lock._folder.write_json(NAME, another())
         time.sleep(10)
+    signal.signal(signal.SIGTERM, before)
     assert "taken over by pid 7 on elsewhere" in said[0]
     assert (store / "lost").exists(NAME), "the other's lock stays"
 
