@@ -1,7 +1,6 @@
 """The agent of a spot node: it turns the cloud's notice of interruption into a Ray drain, while there is time.
 
-`python -m itune_ray.spot --cloud aws` runs beside Ray on every spot node. Ray then places nothing more there, Ray Train
-is told and saves, and engines are started elsewhere before the node goes.
+`python -m itune_ray.spot --cloud aws` runs beside Ray on every spot node. Ray then places nothing more there.
 """
 
 import argparse
