@@ -1,12 +1,14 @@
 """Free-standing Ray clusters for tests: own ports, own folder, stopped by their own pid and nothing else."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,12 @@ EMPTY = [
     "worker_start_ray_commands",
 ]
 """What a provider of type `external` has no defaults for."""
+AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
 
 
 @dataclass(frozen=True)
@@ -115,3 +123,101 @@ def running(command: Sequence[str], environment: Mapping[str, str], folder: Path
         head.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)
+
+
+@dataclass
+class Node:
+    """A raylet that joined, with the workers it started."""
+
+    process: subprocess.Popen[bytes]
+    options: Sequence[str]
+
+    def kill(self) -> None:
+        """As a machine goes: the raylet and every process below it, at once."""
+        doomed = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(30)
+
+
+class Machines:
+    """A head and further nodes on this machine that can be killed and added.
+
+    Args:
+        address: Of the head.
+        environment: Of whoever joins it.
+        folder: The head's.
+    """
+
+    def __init__(self, address: str, environment: Mapping[str, str], folder: Path):
+        self.address, self.environment, self._folder = address, environment, folder
+        self.nodes: dict[str, Node] = {}
+
+    def add(self, name: str, resources: Mapping[str, float], cpus: int = 4) -> None:
+        """Join a node; it is known by the custom resource of its name too."""
+        custom = json.dumps({name: 1, **resources})
+        options = [f"--address={self.address}", "--block", f"--num-cpus={cpus}", "--num-gpus=0"]
+        options += [f"--resources={custom}", f"--object-store-memory={100 * 2**20}"]
+        options += ["--min-worker-port=0", "--max-worker-port=0"]  # several nodes share this machine's ports
+        options += [f"--{port}={free_port()}" for port in AGENT_PORTS]
+        log = open(self._log(name), "w")  # noqa: SIM115  the process's own
+        process = subprocess.Popen(
+            [str(RAY), "start", *options], env=dict(self.environment), stdout=log, stderr=log, start_new_session=True
+        )
+        self.nodes[name] = Node(process, options)
+
+    def await_nodes(self, timeout_s: float = 60) -> None:
+        """Until all that were added have joined."""
+        deadline = time.monotonic() + timeout_s
+        while not all("Ray runtime started" in self._log(name).read_text() for name in self.nodes):
+            assert time.monotonic() < deadline, "a node did not join"
+            time.sleep(0.1)
+
+    def _log(self, name: str) -> Path:
+        return self._folder.parent / f"{self._folder.name}.{name}.log"
+
+    def close(self) -> None:
+        """Kill what is left."""
+        for node in self.nodes.values():
+            if node.process.poll() is None:
+                node.kill()
+        for log in self._folder.parent.glob(f"{self._folder.name}.*.log"):
+            log.unlink()
+
+
+@contextlib.contextmanager
+def machines(cpus: int = 2, env: Mapping[str, str] | None = None) -> Iterator[Machines]:
+    """A head of its own, to which nodes can be added; all of them with these variables."""
+    folder = Path(tempfile.mkdtemp(prefix="ir", dir="/tmp"))
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PATH": SEARCH_PATH,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        # A dead node is noticed in seconds, as when its network goes: by default after half a minute.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+        **(env or {}),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = ["start", "--head", "--block", f"--num-cpus={cpus}", "--num-gpus=0", "--include-dashboard=false"]
+    command += [f"--port={port}", f"--temp-dir={folder}", f"--object-store-memory={200 * 2**20}"]
+    with running(command, environment, folder):
+        cluster = Machines(f"127.0.0.1:{port}", environment, folder)
+        wait_for_port(port)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+def wait_for_port(port: int, timeout_s: float = 60) -> None:
+    """Until something listens there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        assert time.monotonic() < deadline, f"nothing listens at port {port}"
+        time.sleep(0.1)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from itune_ray.config.shared import FakeEngineConfig, ModelRef
 from itune_ray.engine.base import Completion, FinishReason, Request, Sample
@@ -69,9 +70,9 @@ class FakeEngine:
     def _fault(self, request: Request, prompt: str) -> tuple[str | None, bool]:
         if (length := len(prompt.split())) >= CONTEXT:
             return f"prompt_too_long: {length} tokens, max_model_len {CONTEXT}", False
-        if _draw("fail", prompt) < self._config.fail_rate:
+        if _chance(self._config.fail_rate, "fail", prompt):
             return "injected failure", True
-        if _draw("flaky", prompt) < self._config.flaky_rate and request.id not in self._failed_once:
+        if _chance(self._config.flaky_rate, "flaky", prompt) and request.id not in self._failed_once:
             self._failed_once.add(request.id)
             return "injected failure of the first attempt", True
         return None, False
@@ -81,7 +82,7 @@ class FakeEngine:
         seed = None if sampling.temperature == 0 else (sampling.seed or 0) + index
         words = self._words(prompt, seed, request.adapter)
         cut = min(sampling.max_tokens, CONTEXT - len(prompt.split()))
-        if _draw("truncate", prompt, index) < self._config.truncate_rate:
+        if _chance(self._config.truncate_rate, "truncate", prompt, index):
             cut = min(cut, max(1, len(words) // 2))
         finish: FinishReason = "length" if len(words) > cut else "stop"
         kept = words[:cut]
@@ -94,9 +95,9 @@ class FakeEngine:
         )
 
     def _words(self, prompt: str, seed: int | None, adapter: str | None) -> list[str]:
-        if _draw("empty", prompt, seed) < self._config.empty_rate:
+        if _chance(self._config.empty_rate, "empty", prompt, seed):
             return []
-        if _draw("refuse", prompt, seed) < self._config.refuse_rate:
+        if _chance(self._config.refuse_rate, "refuse", prompt, seed):
             return list(REFUSAL.split())
         reply = f"{_hash(prompt, seed, adapter):016x} answers: {prompt.split(':', 1)[-1].strip()[:200]}"
         return list(reply.split())
@@ -117,6 +118,12 @@ def _draw(*parts: object) -> float:
     return _hash(*parts) / 2**64
 
 
+def _chance(rate: float, *parts: object) -> bool:
+    """True for that share of all parts, always for the same ones."""
+    return rate > 0 and _draw(*parts) < rate
+
+
+@lru_cache(maxsize=4096)
 def _token(word: str) -> int:
     return _hash("token", word) % 32_000
 

@@ -4,169 +4,30 @@ A replica is a plain Ray actor that belongs to the driver, so it dies with the j
 crashed replica again; senders route around it meanwhile and send its requests anew under the same ids.
 """
 
-import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from itune_ray import room
 from itune_ray.config.base import digest
-from itune_ray.config.shared import ModelRef, Placement, PoolConfig, ServedModel, VllmEngineConfig
-from itune_ray.data.fingerprint import content_identity, named
-from itune_ray.engine.base import Completion, EngineDiedError, Request, Sampling
-from itune_ray.engine.llm import EngineLlm
+from itune_ray.config.shared import Placement, ServedModel, VllmEngineConfig
+from itune_ray.data.fingerprint import content_identity
+from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, cause_of
+from itune_ray.engine.line import ActorHandle, one_line
 from itune_ray.engine.replica import Replica, ReplicaInfo
-from itune_ray.engine.routing import Router
-from itune_ray.errors import ClusterError, GenerationError, ITuneError
+from itune_ray.errors import ClusterError, GenerationError
 from itune_ray.observe import metrics
 from itune_ray.observe.ray_sink import RAY_SINK
 
-ActorHandle = Any
-"""Ray's handle of a `Replica`; its methods exist only at run time."""
-STATUS_TIMEOUT_S = 2.0
-RETRY_PAUSE_S = 0.2
+MAX_SENDERS = 1000
+"""Senders that may wait for answers at one replica; how many requests it works on is `pool.max_outstanding`."""
 CLOSE_TIMEOUT_S = 3.0
 """A replica that still loads its engine, or hangs, is killed as it is."""
 CONTROL_CALLS = 16
 """Calls about a replica's state that it answers at once, beside the requests it works on."""
-
-
-class PoolClient:
-    """Sends requests to the replicas of one pool; picklable, so any actor can have one. Also an `Engine`.
-
-    Args:
-        replicas: Handles of the replicas.
-        config: The pool's bounds and deadlines.
-        model: What they serve, as `path@revision`.
-        ref: The model itself.
-    """
-
-    def __init__(self, replicas: Sequence[ActorHandle], config: PoolConfig, model: str, ref: ModelRef | None = None):
-        self._replicas, self._config, self.model, self._ref = list(replicas), config, model, ref
-        self._routes: tuple[asyncio.AbstractEventLoop, Router] | None = None
-        self._reviving: dict[int, asyncio.Task[None]] = {}
-        self._dead: set[int] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Outstanding requests are this sender's own."""
-        return {**self.__dict__, "_routes": None, "_reviving": {}, "_dead": set()}
-
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Complete each request, in order.
-
-        A request that outlives its deadline becomes a completion with an error; so does one that its engine refuses.
-
-        Raises:
-            GenerationError: Replicas kept dying, with the last one's own reason.
-        """
-        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
-
-    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """One vector per text, from one replica."""
-        async with self._router().slot() as index:
-            return await self._replicas[index].embed.remote(list(texts))
-
-    def llm(self, sampling: Sampling, seed: int = 0, stage: str = "", adapter: str | None = None) -> EngineLlm:
-        """What recipes, judges and benchmarks call.
-
-        Args:
-            sampling: Used where a call gives none.
-            seed: The run's seed; with the stage and a call's key it decides the call's seed.
-            stage: Names the use; part of the seeds and of the request ids.
-            adapter: LoRA adapter folder to answer with.
-        """
-        model = f"{self.model}+{named(adapter)}" if adapter else self.model
-        ref = self._ref
-        return EngineLlm(self, model=model, sampling=sampling, seed=seed, stage=stage, adapter=adapter, ref=ref)
-
-    async def _complete(self, request: Request) -> Completion:
-        router, deaths = self._router(), 0
-        while True:
-            async with router.slot() as index:
-                answer = await self._ask(index, request)
-            if isinstance(answer, Completion):
-                return answer
-            deaths += 1
-            self._route_around(router, index, answer)
-            if deaths > self._config.max_restarts:
-                raise GenerationError(
-                    f"{deaths} replicas died under the same request: {answer}",
-                    got=request.id,
-                    knob="pool.max_restarts",
-                )
-
-    async def _ask(self, index: int, request: Request) -> Completion | str:
-        """The completion, or why the replica is dead."""
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
-        reference = self._replicas[index].generate.remote(request)
-        try:
-            return await asyncio.wait_for(_result(reference), self._config.request_timeout_s)
-        except TimeoutError:
-            ray.cancel(reference)
-            limit = f"no answer within {self._config.request_timeout_s:g} s (pool.request_timeout_s)"
-            return Completion(id=request.id, error=f"{limit}; {await self._status(index)}", retryable=True)
-        except RayActorError as error:
-            return _one_line(error)
-        except RayTaskError as error:
-            if isinstance(error, EngineDiedError):
-                return str(error.cause)
-            raise _cause(error) from None
-
-    async def _status(self, index: int) -> str:
-        from ray.exceptions import RayError
-
-        control = self._replicas[index].status.options(concurrency_group="control")
-        try:
-            return await asyncio.wait_for(_result(control.remote()), STATUS_TIMEOUT_S)
-        except (TimeoutError, RayError) as error:
-            return f"the replica does not say what it is doing: {_one_line(error) or 'no answer'}"
-
-    def _router(self) -> Router:
-        loop = asyncio.get_running_loop()
-        if self._routes is None or self._routes[0] is not loop:
-            self._routes = (loop, Router(len(self._replicas), self._config.max_outstanding))
-            self._reviving, self._dead = {}, set()
-        return self._routes[1]
-
-    def _route_around(self, router: Router, index: int, reason: str) -> None:
-        router.mark(index, up=False)
-        if index not in self._reviving:
-            self._reviving[index] = asyncio.ensure_future(self._revive(router, index, reason))
-
-    async def _revive(self, router: Router, index: int, reason: str) -> None:
-        """Bring a replica back into the routes once Ray has started it again, or give it up."""
-        try:
-            await asyncio.wait_for(self._until_ready(index), self._config.start_timeout_s)
-        except (TimeoutError, ITuneError) as error:
-            self._dead.add(index)
-            if len(self._dead) == len(self._replicas):
-                last = f"; then: {error}" if str(error) else ""
-                what = f"every replica of the pool is dead: {reason}{last}"
-                router.close(GenerationError(what, got=self.model, knob="pool.max_restarts"))
-            return
-        del self._reviving[index]
-        router.mark(index, up=True)
-
-    async def _until_ready(self, index: int) -> None:
-        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
-
-        while True:
-            try:
-                await _result(self._replicas[index].ready.options(concurrency_group="control").remote())
-                return
-            except ActorDiedError as error:
-                raise GenerationError(_one_line(error)) from None
-            except RayActorError:
-                pass  # being started again
-            except RayTaskError as error:
-                if not isinstance(error, EngineDiedError):  # a dying replica still gives its last words
-                    raise _cause(error) from None
-            await asyncio.sleep(RETRY_PAUSE_S)
 
 
 @dataclass
@@ -240,10 +101,10 @@ class Pool:
         try:
             ray.get(calls, timeout=self.served.pool.start_timeout_s)
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         except (RayActorError, TimeoutError) as error:
             raise GenerationError(
-                f"an engine did not {verb}: {_one_line(error)}", got=self.model, knob="run.placement"
+                f"an engine did not {verb}: {one_line(error)}", got=self.model, knob="run.placement"
             ) from None
 
     def close(self) -> None:
@@ -438,8 +299,8 @@ def _add_replica(pool: Pool, run: str, can_sleep: bool) -> None:
     options["name"] = f"{run} engine {number} of {pool.served.model.path} ({uuid.uuid4().hex[:6]})"
     pool.replicas.append(
         actor.options(
-            **options, max_restarts=config.max_restarts, max_task_retries=0, max_concurrency=config.max_outstanding
-        ).remote(pool.served.engine, pool.served.model, threads, can_sleep)
+            **options, max_restarts=config.max_restarts, max_task_retries=0, max_concurrency=MAX_SENDERS
+        ).remote(pool.served.engine, pool.served.model, threads, can_sleep, config.max_outstanding)
     )
     pool.replicas[-1].observed_by.options(concurrency_group="control").remote(RAY_SINK, run, number)
 
@@ -462,10 +323,10 @@ def _wait_ready(pool: Pool) -> list[ReplicaInfo]:
         try:
             infos += list(ray.get(done))
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         except RayActorError as error:
             raise GenerationError(
-                f"an engine's process died while it loaded the model: {_one_line(error)}", got=pool.served.model.path
+                f"an engine's process died while it loaded the model: {one_line(error)}", got=pool.served.model.path
             ) from None
         if waiting and time.monotonic() >= deadline:
             raise _not_placed(pool, len(waiting))
@@ -487,16 +348,3 @@ def _not_placed(pool: Pool, missing: int) -> ClusterError:
         f"{pool.served.pool.start_timeout_s:g} s; each needs {figures or 'no resources'}",
         knob="pool.start_timeout_s, pool.replicas or pool.cpus_each",
     )
-
-
-async def _result(reference: Any) -> Any:
-    return await reference
-
-
-def _cause(error: Any) -> BaseException:
-    """The error as the replica raised it, without Ray's wrapping."""
-    return error.cause if isinstance(error.cause, ITuneError) else GenerationError(_one_line(error.cause or error))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

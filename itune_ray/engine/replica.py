@@ -4,18 +4,31 @@ import asyncio
 import importlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from itune_ray.config.shared import EngineConfig, ModelRef
 from itune_ray.engine import ENGINES
 from itune_ray.engine.base import Completion, EngineDiedError, Request
+from itune_ray.engine.mailbox import Answer, Mailbox
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.observe import metrics
 from itune_ray.observe.metrics import Sink
 
+LINGER_S = 0.02
+"""An answer waits for so long for others to travel with it."""
 LAST_WORDS_S = 1.0
 """A dying replica lives on for this long, so that all its callers get the reason and not just a broken connection."""
+
+
+@dataclass
+class _Work:
+    """A request at the engine, and how many wait for its answer."""
+
+    request: Request
+    task: asyncio.Task[Completion]
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,15 @@ class Replica:
     every call after it.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelRef, threads: int, can_sleep: bool = False):
+    def __init__(
+        self, config: EngineConfig, model: ModelRef, threads: int, can_sleep: bool = False, max_outstanding: int = 512
+    ):
         self._arguments = config, model, threads, can_sleep
+        self._room = asyncio.Semaphore(max_outstanding)
+        self._boxes: dict[str, Mailbox] = {}
         self._failure: ITuneError | None = None
         self._requests = 0
-        self._running: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}
+        self._running: dict[str, _Work] = {}
         self._engine: Any = None
         log = config.request_log
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -65,23 +82,32 @@ class Replica:
         """Answers once the engine is loaded; raises why it is not."""
         return ReplicaInfo(self._serving().name, os.getpid(), self._load_s)
 
-    async def generate(self, request: Request) -> Completion:
-        """Complete one request; one that is running already is not run again, its answer is shared."""
-        engine, running = self._serving(), self._running.get(request.id)
-        if running is not None and running[0] == request:
-            return await asyncio.shield(running[1])
-        self._count(request)
-        task = asyncio.ensure_future(self._complete(engine, request))
-        self._running[request.id] = (request, task)
-        metrics.gauge("itune_engine_running", len(self._running))
-        try:
-            completion = await task
-            _record(completion)
-            return completion
-        finally:
-            if self._running.get(request.id, (None, None))[1] is task:
-                del self._running[request.id]
-            metrics.gauge("itune_engine_running", len(self._running))
+    async def open(self, sender: str) -> None:
+        """Know a sender from now on. Whoever is not known asked an engine that has died since, and must ask anew."""
+        self._boxes = {name: box for name, box in self._boxes.items() if not box.abandoned}
+        self._boxes[sender] = Mailbox()
+
+    async def submit(self, sender: str, requests: list[tuple[int, Request]]) -> None:
+        """Begin work on requests, each under its sender's own number."""
+        box = self._box(sender)
+        for ticket, request in requests:
+            box.tasks[ticket] = asyncio.ensure_future(self._answer(box, ticket, request))
+
+    async def collect(self, sender: str) -> list[tuple[int, Answer]]:
+        """Answers that are ready, as soon as there is one; none after a request was dropped."""
+        box = self._box(sender)
+        with box.visited():
+            await box.changed.wait()
+            if box.tasks:
+                await asyncio.sleep(LINGER_S)
+        answers = box.empty()
+        _record([answer for _, answer in answers], len(self._running))
+        return answers
+
+    async def drop(self, sender: str, ticket: int) -> None:
+        """Stop work on a request whose sender has given up; an equal one of another sender goes on."""
+        if sender in self._boxes:
+            self._boxes[sender].drop(ticket)
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
         """One vector per text."""
@@ -117,19 +143,49 @@ class Replica:
             return str(self._failure or "asleep")
         return self._engine.status()
 
-    async def _complete(self, engine: Any, request: Request) -> Completion:
-        try:
-            return (await engine.generate([request]))[0]
-        except EngineDiedError as error:
-            self._failure = error
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
-            raise
+    def _box(self, sender: str) -> Mailbox:
+        if sender not in self._boxes:
+            raise EngineDiedError("the replica was started again")
+        return self._boxes[sender]
 
-    def _count(self, request: Request) -> None:
-        self._requests += 1
-        metrics.count("itune_engine_requests_total")
-        if self._log is not None:
-            os.write(self._log, f"{request.id}\n".encode())  # one write: whole lines, also of several replicas
+    async def _answer(self, box: Mailbox, ticket: int, request: Request) -> None:
+        answer: Answer
+        try:
+            answer = await self._shared(request)
+        except ITuneError as error:
+            answer = error
+        except Exception as error:  # noqa: BLE001  an engine's own bug must reach whoever waits
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            answer = GenerationError(f"the engine failed: {what[:400]}", got=request.id)
+        box.put(ticket, answer)
+
+    async def _shared(self, request: Request) -> Completion:
+        """Complete one request; one that is in work already is not run again, its answer is shared."""
+        engine, work = self._serving(), self._running.get(request.id)
+        if work is None or work.request != request:
+            work = _Work(request, asyncio.ensure_future(self._complete(engine, request)))
+            self._running[request.id] = work
+        work.waiting += 1
+        try:
+            return await asyncio.shield(work.task)
+        finally:
+            work.waiting -= 1
+            if not work.waiting:
+                work.task.cancel()  # nothing to one that has ended
+                if self._running.get(request.id) is work:
+                    del self._running[request.id]
+
+    async def _complete(self, engine: Any, request: Request) -> Completion:
+        async with self._room:
+            self._requests += 1
+            if self._log is not None:
+                os.write(self._log, f"{request.id}\n".encode())  # one write: whole lines, also of several replicas
+            try:
+                return (await engine.generate([request]))[0]
+            except EngineDiedError as error:
+                self._failure = error
+                asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+                raise
 
     def _serving(self) -> Any:
         if self._failure is not None:
@@ -139,9 +195,11 @@ class Replica:
         return self._engine
 
 
-def _record(completion: Completion) -> None:
-    if completion.error is not None:
-        metrics.count("itune_engine_failures_total")
-    metrics.count("itune_engine_tokens_total", len(completion.prompt_token_ids), kind="prompt")
-    written = sum(len(sample.token_ids) for sample in completion.samples)
+def _record(answers: Sequence[Answer], running: int) -> None:
+    completions = [answer for answer in answers if isinstance(answer, Completion)]
+    written = sum(len(sample.token_ids) for completion in completions for sample in completion.samples)
+    metrics.count("itune_engine_requests_total", len(answers))
+    metrics.count("itune_engine_failures_total", len(answers) - sum(c.error is None for c in completions))
+    metrics.count("itune_engine_tokens_total", sum(len(c.prompt_token_ids) for c in completions), kind="prompt")
     metrics.count("itune_engine_tokens_total", written, kind="generated")
+    metrics.gauge("itune_engine_running", running)

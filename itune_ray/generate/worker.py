@@ -5,7 +5,6 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from itune_ray.engine.base import Llm
 from itune_ray.errors import ITuneError
 from itune_ray.generate.recipes.base import Recipe
 
-INPUTS_PER_PARCEL = 8
+INPUTS_PER_PARCEL = 16
 """Finished inputs that travel together. A fixed number: a block run again after a crash must yield as many parcels."""
 
 
@@ -36,14 +35,26 @@ class RecipeWorker:
     def __call__(self, block: pa.Table) -> Iterator[dict[str, list[bytes]]]:
         """Parcels of outcomes in the order in which the inputs end; a slow row holds nothing else up."""
         rows = [Record.from_row(row) for row in block.to_pylist()]
-        finished: queue.SimpleQueue[Future[list[Outcome]]] = queue.SimpleQueue()
-        for row in rows:
-            asyncio.run_coroutine_threadsafe(outcomes_of(self._recipe, row, self._llm), self._loop).add_done_callback(
-                finished.put
-            )
-        ended = (finished.get().result() for _ in rows)
+        finished: queue.SimpleQueue[list[Outcome] | BaseException] = queue.SimpleQueue()
+        asyncio.run_coroutine_threadsafe(self._run(rows, finished), self._loop)
+        ended = (_outcomes(finished.get()) for _ in rows)
         while parcel := list(itertools.islice(ended, INPUTS_PER_PARCEL)):
             yield {"parcel": [pack(itertools.chain.from_iterable(parcel))]}
+
+    async def _run(self, rows: Sequence[Record], finished: "queue.SimpleQueue[list[Outcome] | BaseException]") -> None:
+        async def one(row: Record) -> None:
+            try:
+                finished.put(await outcomes_of(self._recipe, row, self._llm))
+            except BaseException as error:  # noqa: BLE001  the thread that waits must end too
+                finished.put(error)
+
+        await asyncio.gather(*map(one, rows))
+
+
+def _outcomes(ended: list[Outcome] | BaseException) -> list[Outcome]:
+    if isinstance(ended, BaseException):
+        raise ended
+    return ended
 
 
 async def outcomes_of(recipe: Recipe, row: Record, llm: Llm) -> list[Outcome]:

@@ -48,6 +48,9 @@ OnPlace = Callable[[int, str], None]
 """(step, `prepares` its batches | `computes` with the other ranks | `saves`), called before a rank does it: when a
 collective times out, the rank that never came to where the others wait can be named."""
 
+Leaving = Callable[[], bool]
+"""Whether this rank's machine is about to be taken away; asked on every rank after each step, must be quick."""
+
 
 def train_local(
     job: TrainJob,
@@ -84,11 +87,13 @@ def train_rank(
     *,
     stop_at: int | None = None,
     on_place: OnPlace | None = None,
+    leaving: Leaving | None = None,
 ) -> TrainOutcome:
     """One rank's whole run: build, resume, step to the end, export. Collective over all ranks.
 
     Args:
         on_place: Told on every rank where it is, see `OnPlace`.
+        leaving: See `Leaving`; the first time any rank says so, all save a checkpoint, and go on.
         stop_at: Pause once so many steps are done: checkpoint, and export to `pause_folder` what can be served, the
             adapter alone where there is one. A later call goes on as if there had been no pause.
 
@@ -117,7 +122,7 @@ def train_rank(
     if job.validation is not None:
         apart = Folder.at(stage_dir) / VALIDATION
         held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
-    loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place)
+    loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place, leaving)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
@@ -195,8 +200,10 @@ class Loop:
         stage_dir: str,
         held_out: Rows | None = None,
         on_place: OnPlace | None = None,
+        leaving: Leaving | None = None,
     ):
         self._on_place = on_place or (lambda step, place: None)
+        self._leaving = leaving
         self._job, self._rows, self._stepper, self._checkpoints = job, rows, stepper, checkpoints
         self._table, self._held_out = rows.table, held_out
         self._stage_dir, self._world = stage_dir, stepper.world
@@ -223,7 +230,7 @@ class Loop:
                 log.write(row)
                 if on_progress is not None:
                     on_progress(step + 1, self._total, {**row, **held_out, **saved, **self._filled(step)})
-            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end:
+            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end or self._must_save():
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
@@ -231,6 +238,13 @@ class Loop:
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
+
+    def _must_save(self) -> bool:
+        """Whether a rank is about to go, the first time that one is. Collective."""
+        if self._leaving is None or not self._world.sum([float(self._leaving())])[0]:
+            return False
+        self._leaving = None
+        return True
 
     def _filled(self, step: int) -> Row:
         """Share of the packed rows' places that hold a token."""

@@ -18,7 +18,7 @@ from itune_ray.engine.llm import EngineLlm
 from itune_ray.errors import DataError, GenerationError
 from itune_ray.generate.drive import check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.worker import RecipeWorker, outcomes_of, pack, unpack
+from itune_ray.generate.worker import INPUTS_PER_PARCEL, RecipeWorker, outcomes_of, pack, unpack
 
 COMMIT = CommitConfig(rows=16, seconds=60.0)
 
@@ -197,8 +197,8 @@ def test_colliding_keys_are_refused():
 
 
 def test_parcels_keep_outcomes_whole():
-    rows = prompts(12)
+    rows = prompts(INPUTS_PER_PARCEL + 4)
     outcomes = [o for row in rows for o in asyncio.run(outcomes_of(Echo(), row, None))]
     assert [str(o) for o in unpack(pack(outcomes))] == [str(o) for o in outcomes]
     parcels = list(worker(FakeEngine(), Echo())(records_table(rows)))
-    assert [pa.ipc.open_stream(p["parcel"][0]).read_all().num_rows for p in parcels] == [8, 4]
+    assert [pa.ipc.open_stream(p["parcel"][0]).read_all().num_rows for p in parcels] == [INPUTS_PER_PARCEL, 4]

@@ -121,7 +121,7 @@ def watched(tmp_path_factory):
     file = output / "job.yaml"
     file.write_text(yaml.safe_dump(RUN, sort_keys=False))
     folder = Path(tempfile.mkdtemp(prefix="ir", dir="/tmp"))
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PROMETHEUS_MULTIPROC_DIR": ""}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment |= {"RAY_metrics_report_interval_ms": "1000"}
     environment.pop("RAY_ADDRESS", None)
     port = free_port()

@@ -130,3 +130,23 @@ def test_storage_that_is_no_local_disk(folder, tmp_path, monkeypatch):
     assert figures(tmp_path / "remote") == figures(tmp_path / "local")
     one, other = weights(tmp_path / "local"), weights(tmp_path / "remote")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def leave_after(job, stage, rank, steps):
+    """Rank `rank` hears that its machine goes once so many steps are done; the run pauses after four."""
+    asked = []
+
+    def leaving():
+        asked.append(None)
+        return torch.distributed.get_rank() == rank and len(asked) >= steps
+
+    train_rank(job, prepare_locally(job, [], stage), stage, leaving=leaving, stop_at=4)
+    return len(asked)
+
+
+def test_the_first_notice_to_any_rank_makes_all_save_once(folder, tmp_path):
+    job = job_of(folder, checkpoint={"every_steps": 100, "keep": 10}, strategy={"type": "fsdp2"})
+    prepare_locally(job, tiny.chats(40), str(tmp_path))
+    assert run_ranks(2, leave_after, job, str(tmp_path), 1, 2) == [2, 2]
+    saved = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert [int(name.rpartition("-")[2]) for name in saved] == [2, 4]

@@ -119,4 +119,6 @@ def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> jinja2.Template:
-    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
+    template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
+    template.globals = dict(template.globals)  # each rendering copies them, and a ChainMap copies slowly
+    return template
