@@ -109,8 +109,11 @@ def _dry_run(job: Any, resolved: str) -> int:
     """Print the resolved config; a pipeline's steps are checked and resolved too."""
     from itune_ray.config.base import to_yaml
     from itune_ray.config.pipeline import PipelineJob
+    from itune_ray.pipeline.output import receivers
 
     print(resolved, end="")
+    for line in receivers(job.run) or ["rows go to no other host"]:
+        print(f"# {line}")
     if isinstance(job, PipelineJob):
         from itune_ray.pipeline.step import plan
 

@@ -57,6 +57,10 @@ class ClusterError(ITuneError):
     """Ray cannot be reached, or cannot hold what the job asks for."""
 
 
+class BudgetError(ITuneError):
+    """The run has spent the tokens or the money it was given."""
+
+
 class ModelError(ITuneError):
     """A model path, tokenizer or checkpoint cannot be used."""
 

@@ -234,6 +234,16 @@ class RayConfig(Schema):
 Placement = Literal["auto", "separate", "timeshare", "restart"]
 
 
+class Budget(Schema):
+    """Caps on what a run spends, all its attempts together. At a cap it stops as after an interrupt: what was made is
+    kept, and with a larger cap the same command goes on."""
+
+    tokens: Positive | None = None
+    """Prompt, generated and trained tokens."""
+    cost: Annotated[float, Field(gt=0)] | None = None
+    """Money, by `run.prices`; every living node of the cluster counts."""
+
+
 class RunSettings(Schema):
     """Where and how a run happens. Never part of an artifact's identity."""
 
@@ -249,8 +259,15 @@ class RunSettings(Schema):
     """A step without progress for so long is told of, with what each engine and worker is doing."""
     prices: dict[str, float] = {}
     """Price of a resource for an hour, e.g. {CPU: 0.05, GPU: 2.5}: what the cluster costs is then counted."""
+    budget: Budget = Budget()
     lock_ttl_s: Annotated[float, Field(gt=0)] = 60.0
     """A run's lock is taken over when its owner has not renewed it for this long."""
+
+    @model_validator(mode="after")
+    def _cost_has_prices(self) -> "RunSettings":
+        if self.budget.cost is not None and not self.prices:
+            raise ValueError("budget.cost needs prices to count by, e.g. run.prices={CPU: 0.05, GPU: 2.5}")
+        return self
 
 
 class Job(Schema):

@@ -126,12 +126,13 @@ class EngineHost:
     Args:
         placement: What becomes of engines while something else needs the cluster, see `RunSettings.placement`.
         run: Name of the run, for actors' names and metrics.
+        allow: Asked before engines or anything else is started on the cluster; raises where it may not be.
     """
 
-    def __init__(self, placement: Placement = "auto", run: str = "") -> None:
+    def __init__(self, placement: Placement = "auto", run: str = "", allow: Callable[[], None] = lambda: None) -> None:
         self._pools: dict[str, Pool] = {}
         self._placement: Placement = placement
-        self._run = run
+        self._run, self._allow = run, allow
         self.starts = 0
         """Engines started so far."""
 
@@ -144,6 +145,7 @@ class EngineHost:
         """
         key = pool_key(served)
         if key not in self._pools:
+            self._allow()
             self._require_room(served)
             self._pools[key] = _start(served, self._run, can_sleep=self._placement == "timeshare")
             self.starts += served.pool.replicas
@@ -169,8 +171,10 @@ class EngineHost:
             knob: The config path that makes the ask smaller.
 
         Raises:
+            BudgetError: The run may start nothing more.
             ClusterError: The cluster can never hold it, or not together with engines that stay.
         """
+        self._allow()
         room.require(needed, what, knob, each, count)
         if not self._pools:
             return

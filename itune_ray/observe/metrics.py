@@ -4,8 +4,9 @@ Only names of `names.METRICS` with exactly their tags are taken, so that a dashb
 is switched off, since watching must never stop a run.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from itune_ray.observe.names import METRICS, Metric
@@ -29,6 +30,17 @@ def send_to(sink: Sink) -> None:
     """Send records of this process to one more sink, once."""
     if sink not in _sinks:
         _sinks.append(sink)
+
+
+@contextlib.contextmanager
+def sent_to(sink: Sink) -> Iterator[None]:
+    """The same while the block runs."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        if sink in _sinks:
+            _sinks.remove(sink)
 
 
 def in_context(**tags: str) -> None:

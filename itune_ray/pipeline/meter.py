@@ -8,19 +8,18 @@ from typing import Any, Self
 
 from itune_ray.data.artifact import Artifact
 from itune_ray.observe import metrics
+from itune_ray.pipeline.budget import Purse
 
 SAMPLE_S = 10.0
 
 
 def record_stage(artifact: Artifact) -> None:
-    """Figures of a stage that has just finished; rows of `generate` and tokens of `train` were counted as they came."""
+    """Figures of a stage that has just finished; rows of `generate`, and all tokens, were counted as they came."""
     facts = artifact.manifest
     metrics.gauge("itune_stage_seconds", facts["seconds"])
     if facts.get("funnel") and artifact.job_type != "generate":
         metrics.count_funnel(facts["funnel"])
     if artifact.job_type == "evaluate":
-        metrics.count("itune_tokens_total", facts["prompt_tokens"], kind="prompt")
-        metrics.count("itune_tokens_total", facts["generated_tokens"], kind="generated")
         _scores(artifact.folder.read_json("scores.json"))
     if artifact.job_type == "sweep":
         for ended, number in facts["trials"].items():
@@ -38,30 +37,33 @@ class Meter:
     """Adds up what the cluster costs while the run works: every living node counts, busy or not.
 
     Args:
-        prices: Price of one resource for an hour; empty: nothing is counted.
+        prices: Price of one resource for an hour; empty: it costs nothing.
+        purse: What pays, and remembers over attempts.
     """
 
-    def __init__(self, prices: Mapping[str, float]):
-        self._prices = prices
+    def __init__(self, prices: Mapping[str, float], purse: Purse):
+        self._prices, self._purse = prices, purse
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="meter")
 
     def __enter__(self) -> Self:
-        if self._prices:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._stop.set()
-        if self._prices:
-            self._thread.join()
+        self._thread.join()
+        self._purse.save()
 
     def _run(self) -> None:
-        cost, last = 0.0, time.monotonic()
+        last = time.monotonic()
         while not self._stop.wait(SAMPLE_S):
             now = time.monotonic()
-            cost, last = cost + self._per_hour() * (now - last) / 3600, now
-            metrics.gauge("itune_cost", cost)
+            if self._prices:
+                self._purse.spend(cost=self._per_hour() * (now - last) / 3600)
+                metrics.gauge("itune_cost", self._purse.cost)
+            last = now
+            self._purse.save()
 
     def _per_hour(self) -> float:
         import ray

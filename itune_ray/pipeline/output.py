@@ -23,3 +23,27 @@ def output_root(settings: RunSettings) -> str:
             knob="output=... or ITUNE_OUTPUT",
         )
     return Folder.at(root or "runs").uri
+
+
+STORES = {"s3": "s3.amazonaws.com", "gs": "storage.googleapis.com", "gcs": "storage.googleapis.com"}
+"""Scheme -> host, where no endpoint says otherwise."""
+
+
+def receivers(settings: RunSettings) -> list[str]:
+    """One line for every host outside this machine that rows of the run will be sent to."""
+    lines: list[str] = []
+    scheme, separator, rest = output_root(settings).partition("://")
+    if separator:
+        lines.append(f"rows go to {_store_host(scheme, rest)} (run.output)")
+    address = settings.ray.address or os.environ.get("RAY_ADDRESS") or ""
+    host = address.rpartition("://")[2].rpartition(":")[0]
+    if host and host not in ("127.0.0.1", "localhost"):
+        lines.append(f"rows go to the Ray cluster at {host} (run.ray.address or RAY_ADDRESS)")
+    return lines
+
+
+def _store_host(scheme: str, rest: str) -> str:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if scheme == "s3" else None
+    if endpoint:
+        return endpoint.rpartition("://")[2].split("/")[0]
+    return STORES.get(scheme) or rest.split("/")[0]

@@ -14,8 +14,9 @@ from itune_ray.jobs import job_type, resolve
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress
 from itune_ray.observe.watch import Watch, explained_by
+from itune_ray.pipeline.budget import Purse
 from itune_ray.pipeline.meter import Meter, record_stage
-from itune_ray.pipeline.output import output_root
+from itune_ray.pipeline.output import output_root, receivers
 from itune_ray.pipeline.step import Step, plan
 from itune_ray.report.summary import write_summary
 
@@ -26,23 +27,33 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     Args:
         job_name: A name in `JOBS`.
 
+    Raises:
+        BudgetError: The run has spent what it was given.
+
     Returns:
         The run, whose `opened` lists the artifacts in order; its folder holds summary.json.
     """
     steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
     store = RunStore(output_root(job.run), job.name)
-    engines = EngineHost(job.run.placement, job.name)
     metrics.in_context(run=job.name)
-    with (
-        RunLock(store.folder, job.run.lock_ttl_s, progress.say),
-        Watch(progress, job.run.stall_s),
-        explained_by(engines.describe),
-        Meter(job.run.prices),
-    ):
-        try:
-            _run_steps(steps, store, engines, job.run.ray.roles, progress)
-        finally:
-            engines.close()
+    for line in receivers(job.run):
+        progress.say(line)
+    with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
+        purse = Purse(store.folder, job.run.budget)
+        engines = EngineHost(job.run.placement, job.name, purse.check)
+        with (
+            metrics.sent_to(purse),
+            Watch(progress, job.run.stall_s),
+            explained_by(engines.describe),
+            Meter(job.run.prices, purse),
+        ):
+            try:
+                _run_steps(steps, store, engines, job.run.ray.roles, progress)
+            except (KeyboardInterrupt, SystemExit):
+                purse.check()
+                raise
+            finally:
+                engines.close()
     return store
 
 

@@ -5,7 +5,7 @@ driver replays the ledger, leaves ended trials alone and lets the others go on f
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ConfigError, ITuneError, TrainError, did_you_mean
 from itune_ray.evaluate.score import score_names
+from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.sweep.ledger import Entry, SweepLedger
 from itune_ray.sweep.plans import Planned, planned
@@ -31,6 +32,7 @@ from itune_ray.sweep.scheduler import Rule, SweepScheduler
 from itune_ray.sweep.scorer import Scorers
 from itune_ray.sweep.shapes import Shapes, check_compressible, on_compressed_models, shapes_of, speeds, start_pools
 from itune_ray.sweep.trial import Trial
+from itune_ray.train.metrics import read_metrics
 from itune_ray.train.run import version as train_version
 
 SPEEDS = "speeds.json"
@@ -183,9 +185,18 @@ class _Shown:
 
     def __init__(self, sweep: _Sweep, task: Task, progress: Progress):
         self._sweep, self._task, self._progress = sweep, task, progress
+        self._dirs = {trial.point.key: trial.plan.stage_dir for trial in sweep.trials}
+        self._counted: dict[str, int] = defaultdict(int)
+        """Trial -> the step up to which its tokens are counted."""
+        for entry in sweep.ledger.entries:
+            self._counted[entry.trial] = entry.steps
         self._update()
 
     def __call__(self, entry: Entry) -> None:
+        after, self._counted[entry.trial] = self._counted[entry.trial], entry.steps
+        rows = read_metrics(self._dirs[entry.trial])
+        tokens = sum(int(row["tokens"]) for row in rows if after < row["step"] <= entry.steps)
+        metrics.count("itune_tokens_total", tokens, kind="trained")
         if entry.ended is not None:
             score = entry.cause if entry.score is None else f"{entry.score:.4g}"
             axes = self._sweep.axes_of(entry.trial)

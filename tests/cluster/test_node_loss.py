@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clusters import machines
+from clusters import RAY, machines
 from runs import commits, losses, table_hash
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
@@ -145,36 +145,42 @@ def _ended(driver: Driver, name: str, root: Path) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def cluster():
+    """A head and a node for each role."""
+    with machines(env={"PYTHONPATH": str(Path(__file__).parent)}) as started:
+        for role in ROLES:
+            started.add(f"{role}-0", {role: 1})
+            started.await_nodes()  # Ray's nodes of one machine must not start at the same time
+        yield started
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, tmp_path_factory):
     """(undisturbed, disturbed), the second with a machine lost in every stage."""
     root = tmp_path_factory.mktemp("lost")
-    with machines(env={"PYTHONPATH": str(Path(__file__).parent)}) as cluster:
-        for role in ROLES:
-            cluster.add(f"{role}-0", {role: 1})
-            cluster.await_nodes()  # Ray's nodes of one machine must not start at the same time
-        calm = _ended(Driver(cluster, job("calm", root), root), "calm", root)
-        driver = Driver(cluster, job("lost", root), root)
-        run = root / "lost"
+    calm = _ended(Driver(cluster, job("calm", root), root), "calm", root)
+    driver = Driver(cluster, job("lost", root), root)
+    run = root / "lost"
 
-        def lines(pattern: str) -> int:
-            return max((len(losses(file.parent)) for file in run.glob(pattern)), default=0)
+    def lines(pattern: str) -> int:
+        return max((len(losses(file.parent)) for file in run.glob(pattern)), default=0)
 
-        def replace(role: str, number: int) -> None:
-            cluster.nodes[f"{role}-{number}"].kill()
-            cluster.add(f"{role}-{number + 1}", {role: 1})
+    def replace(role: str, number: int) -> None:
+        cluster.nodes[f"{role}-{number}"].kill()
+        cluster.add(f"{role}-{number + 1}", {role: 1})
 
-        filtered = root / "lost.filtered"
-        driver.until(lambda: len(commits(run.glob("distill-*"))) >= 3, "three commits of rows")
-        replace("infer", 0)
-        driver.until(lambda: filtered.exists() and len(filtered.read_text().split()) >= 300, "300 rows are filtered")
-        replace("data", 0)
-        driver.until(lambda: lines("sft-*/metrics.jsonl") >= 15, "15 steps")
-        replace("train", 0)
-        driver.until(lambda: len(commits(run.glob("score-*"))) >= 3, "three commits of answers")
-        replace("data", 1)
-        driver.until(lambda: lines("trial-*/metrics.jsonl") >= 8, "8 steps of a trial")
-        replace("train", 1)
-        yield calm, _ended(driver, "lost", root)
+    filtered = root / "lost.filtered"
+    driver.until(lambda: len(commits(run.glob("distill-*"))) >= 3, "three commits of rows")
+    replace("infer", 0)
+    driver.until(lambda: filtered.exists() and len(filtered.read_text().split()) >= 300, "300 rows are filtered")
+    replace("data", 0)
+    driver.until(lambda: lines("sft-*/metrics.jsonl") >= 15, "15 steps")
+    replace("train", 0)
+    driver.until(lambda: len(commits(run.glob("score-*"))) >= 3, "three commits of answers")
+    replace("data", 1)
+    driver.until(lambda: lines("trial-*/metrics.jsonl") >= 8, "8 steps of a trial")
+    replace("train", 1)
+    return calm, _ended(driver, "lost", root)
 
 
 def test_tables_are_those_of_the_undisturbed_run(runs):
@@ -216,3 +222,45 @@ def test_only_work_in_flight_was_done_again(runs, record_property):
     assert sum(calm.asked.values()) == len(calm.asked)
     assert redone < ROWS / 2
     assert filtered <= ROWS
+
+
+NODE_ID = """
+import sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print([node["NodeID"] for node in ray.nodes() if node["Alive"] and sys.argv[2] in node["Resources"]][0])
+"""
+
+
+def test_a_machine_that_gives_notice_costs_no_step_and_no_failure(cluster, runs, tmp_path):
+    """Its spot agent drains it; the ranks save a checkpoint at once, and Ray Train counts no failure."""
+    calm, _ = runs
+    train = job("noticed", tmp_path)["steps"]["sft"]
+    train["data"] = [{"source": {"type": "file", "path": str(calm.stage("curate") / "kept")}}]
+    train |= {"checkpoint": {"every_steps": 1000, "keep": 5}, "workers": {"num": 2, "max_failures": 0}}
+    settings = {"output": str(tmp_path), "ray": {"roles": {role: role for role in ROLES}}}
+    driver = Driver(cluster, {"name": "noticed", "run": settings, "steps": {"sft": train}}, tmp_path)
+    stage = tmp_path / "noticed"
+
+    def saved() -> list[int]:
+        found = stage.glob("sft-*/checkpoint/step-*/complete.json")
+        return sorted(int(file.parent.name.rpartition("-")[2]) for file in found)
+
+    def steps() -> int:
+        return max((len(losses(file.parent)) for file in stage.glob("sft-*/metrics.jsonl")), default=0)
+
+    driver.until(lambda: steps() >= 8, "8 steps")
+    assert saved() == []
+    name = next(name for name, node in cluster.nodes.items() if "train" in name and node.process.poll() is None)
+    asked = [sys.executable, "-c", NODE_ID, cluster.address, name]
+    told = subprocess.run(asked, env=dict(cluster.environment), capture_output=True, text=True, check=True)
+    node = told.stdout.split()[-1]
+    drain = ["drain-node", "--address", cluster.address, "--node-id", node, "--deadline-remaining-seconds", "60"]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption notice"]
+    subprocess.run([str(RAY), *drain], env=dict(cluster.environment), check=True, capture_output=True)
+    driver.until(lambda: saved() != [], "a checkpoint")
+    cluster.nodes[name].kill()
+    cluster.add("train-9", {"train": 1})
+    driver.wait(240)
+    (noticed, end) = saved()
+    assert 8 <= noticed < end == 60
+    assert losses(next(stage.glob("sft-*"))) == losses(calm.stage("sft"))
