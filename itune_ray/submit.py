@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 EXCLUDES = [".git", ".venv", "runs", "**/__pycache__", ".pytest_cache", ".ruff_cache", "*.egg-info"]
-PASSED_ON = ("ITUNE_OUTPUT", "HF_TOKEN", "HF_HUB_OFFLINE", "ITUNE_TEST_DATA")
+PASSED_ON = ("ITUNE_OUTPUT", "ITUNE_MODEL_MIRROR", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "ITUNE_TEST_DATA")
 """Variables of this shell that the job gets too, where they are set."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from itune_ray.config.shared import CustomSource, FileSource, HubSource, PlaygroundSource, Source
+from itune_ray.data.download import HUB_TIMEOUT_S, refusal
 from itune_ray.data.files import RawRow, read_rows
 from itune_ray.data.fingerprint import artifact_of
 from itune_ray.data.formats import detect, parse
@@ -33,7 +34,6 @@ SOURCES = {
 """Source type -> reader."""
 PLAYGROUND_ROWS = "itune_ray.playground.sets:rows"
 """Resolved by name: the playground is built on this package, so this package cannot import it."""
-HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,6 @@ def _hub_commit(source: HubSource) -> str | None:
     import httpx2
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
-        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         OfflineModeIsEnabled,
@@ -233,17 +232,20 @@ def _hub_commit(source: HubSource) -> str | None:
         return None
     try:
         return HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S).sha
-    except GatedRepoError:
-        what = "the dataset is gated: accept its terms on the Hub and give your token"
-        raise DataError(what, got=source.path, knob="HF_TOKEN") from None
     except RevisionNotFoundError:
         raise DataError("the dataset has no such revision", got=source.revision, knob="revision") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise DataError(
-            "no such dataset on the Hub, and no such folder here",
-            got=source.path,
-            allowed="org/name or a folder",
-            knob="path",
-        ) from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.HTTPError, OSError):
+    except HfHubHTTPError as error:
+        if (reason := refusal(f"datasets/{source.path}", error)) is not None:
+            raise DataError(f"the dataset cannot be had: {reason}", got=source.path, knob="HF_TOKEN") from None
+        if isinstance(error, RepositoryNotFoundError):
+            raise _no_dataset(source) from None
         return None
+    except HFValidationError:
+        raise _no_dataset(source) from None
+    except (OfflineModeIsEnabled, httpx2.HTTPError, OSError):
+        return None
+
+
+def _no_dataset(source: HubSource) -> DataError:
+    what = "no such dataset on the Hub, and no such folder here"
+    return DataError(what, got=source.path, allowed="org/name or a folder", knob="path")

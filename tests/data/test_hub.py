@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from itune_ray.config.shared import ModelRef
-from itune_ray.data import hub
+from itune_ray.data import download, hub
 from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.errors import ModelError
 
@@ -79,7 +79,7 @@ def test_a_hub_that_never_answers_does_not_hang(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(hub, "HUB_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "HUB_TIMEOUT_S", 0.3)
     original = HfApi.__init__
     monkeypatch.setattr(HfApi, "__init__", lambda self, *a, **k: original(self, *a, **{**k, "endpoint": endpoint}))
     started = time.monotonic()
@@ -93,15 +93,15 @@ def test_a_uri_is_copied_to_the_node_once_and_anew_when_it_changes(folder, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = tiny.llama(tmp_path / "bucket" / "model")
     # pyarrow opens file:// like any other URI; only the scheme check of ours is stepped around.
-    copy = hub._copy_of_uri(f"file://{remote}")
+    copy = download.from_uri(f"file://{remote}")
     assert copy.is_relative_to(tmp_path / "cache")
     assert resolve(str(copy)).fingerprint == resolve(str(remote)).fingerprint
-    assert hub._copy_of_uri(f"file://{remote}") == copy
+    assert download.from_uri(f"file://{remote}") == copy
     (remote / "generation_config.json").write_text("{}")
-    assert hub._copy_of_uri(f"file://{remote}") != copy
+    assert download.from_uri(f"file://{remote}") != copy
 
 
 def test_a_uri_without_a_model_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match="cannot be read"):
-        hub._copy_of_uri(f"file://{tmp_path}/nowhere")
+        download.from_uri(f"file://{tmp_path}/nowhere")
