@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,3 +25,10 @@ def losses(stage: Path) -> list[tuple[int, float, float]]:
 def commits(stages: Iterable[Path]) -> list[Path]:
     """Ledger commits of stages under way."""
     return [file for stage in stages for file in sorted(stage.rglob("commit-*.parquet"))]
+
+
+def rated_answer(messages: Sequence[dict[str, str]]) -> str:
+    """The answer that a judge is asked to rate, by the built-in template's marks."""
+    found = re.search(r"\[Answer (\w+)\]\n(.*?)\n\[End of answer \1\]", messages[-1]["content"], re.DOTALL)
+    assert found is not None
+    return found[2]

@@ -1,12 +1,14 @@
 """An S3-compatible server for tests; it and all that is started beside it speak by the usual variables."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
@@ -50,3 +52,16 @@ def _wait_for(url: str) -> None:
         except OSError:
             assert time.monotonic() < deadline, "the S3 server did not start"
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    """A filesystem of that size at the folder; skips the test where none may be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a small filesystem")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

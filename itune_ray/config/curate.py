@@ -89,10 +89,14 @@ class JudgeConfig(FilterConfig):
     scale: tuple[float, float] = (0, 5)
     threshold: float = 4.5
     template: str | None = None
-    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}; default: the built-in."""
+    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}; default: the
+    built-in."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=256)
     max_parse_fail: Fraction = 0.2
     """The job fails when more than this share of replies holds no score."""
+    planted: Annotated[int, Field(ge=0)] = 12
+    """So many of the answers are rated once more with words planted that ask for the best score; what that raises is
+    in the manifest and the report."""
     commit: CommitConfig = CommitConfig()
 
 

@@ -27,6 +27,8 @@ class FileSource(Schema):
     in reports and in a filter's `only`, by default after the artifact's stage."""
     limit: Positive | None = None
     """Read only the first so many rows."""
+    max_row_bytes: Positive = 16 * 2**20
+    """A row that is larger as JSON is quarantined as `oversized`."""
 
 
 class PlaygroundSource(Schema):
@@ -56,6 +58,8 @@ class HubSource(Schema):
     format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
     name: str | None = None
     limit: Positive | None = None
+    max_row_bytes: Positive = 16 * 2**20
+    """A row that is larger as JSON is quarantined as `oversized`."""
 
 
 class CustomSource(Schema):

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,8 +22,9 @@ from itune_ray.curate.steps import Step, check_steps, make_steps, passes
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
-from itune_ray.data.ledger import Ledger
+from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.mixture import unite
+from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost
@@ -212,8 +213,10 @@ def _judge(step: Step, filter: JudgeFilter, state: Run) -> None:
     records = [board.record(row) for row in rows]
     served = filter.config.judge
     ledger = Ledger(state.runs.folder / "ledger-judge" / filter.ratings_id(job.seed))
+    planted = filter.planted(records)
+    asked = [*records, *planted.values()]
 
-    if unrated(records, ledger):
+    if unrated(asked, ledger):
         cluster.connect(job.run.ray, state.progress.say)
 
     def llm() -> Any:
@@ -221,17 +224,23 @@ def _judge(step: Step, filter: JudgeFilter, state: Run) -> None:
         return client.llm(sampling_of(filter.config.sampling), job.seed, JUDGE_STAGE, served.model.adapter)
 
     in_flight = served.pool.replicas * served.pool.max_outstanding
-    contents = len({record.content_hash for record in records})
+    contents = len({record.content_hash for record in asked})
     with state.progress.task(step.name, contents, "answers") as task:
         state.judge_tokens += rate_all(
-            records, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens)
+            asked, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens)
         )
-    _use_ratings(step, filter, rows, ledger, state)
+    _use_ratings(step, filter, rows, planted, ratings(ledger), state)
 
 
-def _use_ratings(step: Step, filter: JudgeFilter, rows: Sequence[int], ledger: Ledger, state: Run) -> None:
+def _use_ratings(
+    step: Step,
+    filter: JudgeFilter,
+    rows: Sequence[int],
+    planted: Mapping[str, Record],
+    known: Mapping[str, Outcome],
+    state: Run,
+) -> None:
     board = state.board
-    known = ratings(ledger)
     rated = {row: known[board.record(row).content_hash] for row in rows}
     replies = [rating for rating in rated.values() if rating.status != "failed"]
     unscored = sum(rating.status == "rejected" for rating in replies)
@@ -244,6 +253,7 @@ def _use_ratings(step: Step, filter: JudgeFilter, rows: Sequence[int], ledger: L
         elif not verdict.keep:
             board.reject(row, verdict.reason or step.name, step.name, score=verdict.score, raw=rating.raw)
     state.facts[step.name] = {"rated": len(replies) - unscored, "no_score": unscored}
+    state.facts[step.name] |= filter.injection(planted, known)
 
 
 # --- Ray -----------------------------------------------------------------------------------------------------------

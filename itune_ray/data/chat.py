@@ -9,7 +9,7 @@ that rewrites earlier turns (Qwen3 drops old `<think>` blocks) is refused with a
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -55,6 +55,12 @@ class TemplateRefused(UnusableRow):
     reason = "template_refused"
 
 
+class ControlTokens(UnusableRow):
+    """The text of a turn holds a special token of the model: rendered, it would open or close turns by itself."""
+
+    reason = "control_tokens"
+
+
 class Rendered(NamedTuple):
     """Token ids of one document and, per token, whether it is a training target."""
 
@@ -76,6 +82,8 @@ class ChatRenderer:
         if template is not None:
             tokenizer.chat_template = read_template(template)
         self._has_markers = bool(_GENERATION_MARKER.search(self.template or ""))
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._control = _any_of(special | set(self.tokenizer.all_special_tokens))
 
     @property
     def template(self) -> str | None:
@@ -99,7 +107,8 @@ class ChatRenderer:
         return self._encode(self.prompt_text(messages))
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The rendered string behind `prompt_ids`."""
+        """The rendered string behind `prompt_ids`; raises `ControlTokens` for a chat that holds some."""
+        self._check_content(messages)
         return self._render(messages, generation_prompt=True)
 
     def record_ids(self, record: Record, supervise: Supervise = "assistant") -> Rendered:
@@ -123,6 +132,7 @@ class ChatRenderer:
         The first token of a document is never predicted, so it counts for nothing even where the mask says True.
         """
         _check_answer(messages)
+        self._check_content(messages)
         if supervise == "all":
             ids = self._encode(self._render(messages))
             rendered = Rendered(ids, [True] * len(ids))
@@ -191,6 +201,13 @@ class ChatRenderer:
         except (jinja2.TemplateError, OverflowError) as error:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
 
+    def _check_content(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if (found := self._control.search(message["content"])) is not None:
+                raise ControlTokens(
+                    f"a turn of the {message['role']} holds the control token {found[0]}", got=_shorten(messages)
+                )
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -208,6 +225,12 @@ def read_template(template: str) -> str:
             knob="model.chat_template",
         )
     return file.read_text(encoding="utf-8")
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the words, the longest first, and nothing where there are none."""
+    ordered = sorted((word for word in words if word), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def _check_answer(messages: Sequence[Message]) -> None:

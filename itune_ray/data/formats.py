@@ -55,6 +55,10 @@ FOLLOWERS = {
 """Which roles may follow a role; None is the start."""
 
 
+RAW_KEPT = 100_000
+"""Characters of a quarantined row that are kept."""
+
+
 class BadRowError(Exception):
     """A row that cannot be used; its text is the reason it is quarantined under."""
 
@@ -83,18 +87,21 @@ def detect(columns: Iterable[str]) -> Layout:
     )
 
 
-def parse(rows: Iterable[RawRow], source: str, layout: Layout) -> tuple[list[Record], list[Outcome]]:
+def parse(
+    rows: Iterable[RawRow], source: str, layout: Layout, max_bytes: int | None = None
+) -> tuple[list[Record], list[Outcome]]:
     """Records of the rows that can be used, and a rejected outcome for each that cannot, in their order.
 
     Args:
         source: First part of the row keys; rows of layout `records` keep the keys they have.
         layout: What the columns mean.
+        max_bytes: Rows that are larger as JSON are `oversized`.
     """
     records: list[Record] = []
     quarantined: list[Outcome] = []
     for raw in rows:
         try:
-            records.append(_record(raw, source, layout))
+            records.append(_record(raw, source, layout, max_bytes))
         except BadRowError as bad:
             quarantined.append(quarantine(Record(source=source, position=raw.position), str(bad), _raw_text(raw)))
     if layout in ("alpaca", "messages", "sharegpt", "preference") and any(r.response is not None for r in records):
@@ -108,12 +115,14 @@ def quarantine(record: Record, reason: str, raw: str | None) -> Outcome:
     return Outcome(record=record, input_key=record.key, status="rejected", reason=reason, raw=raw)
 
 
-def _record(raw: RawRow, source: str, layout: Layout) -> Record:
+def _record(raw: RawRow, source: str, layout: Layout, max_bytes: int | None) -> Record:
     if raw.fields is None:
         raise BadRowError(raw.reason or "bad_row")
     try:
         fields = {name: value for name, value in raw.fields.items() if value is not None}
-        json.dumps(fields, ensure_ascii=False, default=str).encode()
+        size = len(json.dumps(fields, ensure_ascii=False, default=str).encode())
+        if max_bytes is not None and size > max_bytes:
+            raise BadRowError("oversized")
         record = _LAYOUTS[layout](fields)
     except UnicodeEncodeError:
         raise BadRowError("bad_unicode") from None
@@ -122,7 +131,7 @@ def _record(raw: RawRow, source: str, layout: Layout) -> Record:
 
 def _raw_text(raw: RawRow) -> str:
     text = raw.raw if raw.fields is None else json.dumps(raw.fields, default=str)
-    return (text or "").encode("utf-8", "backslashreplace").decode()
+    return (text or "")[:RAW_KEPT].encode("utf-8", "backslashreplace").decode()
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

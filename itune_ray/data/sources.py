@@ -76,7 +76,7 @@ def read_file(source: FileSource) -> SourceTable:
     """Rows of files. The payload of an artifact keeps its row keys, whatever the name."""
     rows = read_rows(source.path, source.limit)
     payload_of = _finished_artifact(source.path)
-    table = _table(rows, source.format, source.name or payload_of or _stem(source.path), source.path)
+    table = _table(rows, source.format, source.name or payload_of or _stem(source.path), source)
     if table.rows_in == 0 and payload_of is None:
         raise DataError("the source holds no rows", got=source.path, knob="path")
     return table
@@ -94,7 +94,7 @@ def read_hub(source: HubSource) -> SourceTable:
     dataset, revision = _saved(source) if Folder.at(source.path).exists() else _downloaded(source)
     rows = (RawRow(position, dict(row)) for position, row in enumerate(itertools.islice(dataset, source.limit)))
     name = source.name or posixpath.basename(source.path.rstrip("/"))
-    return replace(_table(rows, source.format, name, source.path), revision=revision)
+    return replace(_table(rows, source.format, name, source), revision=revision)
 
 
 def read_custom(source: CustomSource) -> SourceTable:
@@ -113,15 +113,17 @@ def read_custom(source: CustomSource) -> SourceTable:
     return SourceTable(source.name or source.import_path.partition(":")[2], records, [])
 
 
-def _table(rows: Iterator[RawRow], layout: str, name: str, path: str) -> SourceTable:
+def _table(rows: Iterator[RawRow], layout: str, name: str, source: FileSource | HubSource) -> SourceTable:
     taken = list(rows)
     if layout == "auto":
         columns = next((row.fields for row in taken if row.fields is not None), None)
         try:
             layout = "records" if columns is None else detect(columns)
         except DataError as error:
-            raise DataError(f"{path}: {error.what}", got=error.got, allowed=error.allowed, knob=error.knob) from None
-    records, quarantined = parse(taken, name, layout)  # type: ignore[arg-type]
+            raise DataError(
+                f"{source.path}: {error.what}", got=error.got, allowed=error.allowed, knob=error.knob
+            ) from None
+    records, quarantined = parse(taken, name, layout, source.max_row_bytes)  # type: ignore[arg-type]
     return SourceTable(name, records, quarantined, layout)
 
 

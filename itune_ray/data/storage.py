@@ -1,22 +1,53 @@
 """Folders on any filesystem: a local path, s3://, gs:// — one small surface over pyarrow.fs.
 
 Writes are atomic: a local file is written beside its place and renamed; an object store makes a PUT visible whole.
+What may mend by itself (a full disk, a store that is busy or away) is tried again for some seconds before it is told.
 """
 
 import contextlib
+import errno
 import json
+import logging
 import os
+import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from itune_ray.errors import StorageError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+PAUSES_S = (0.2, 0.8, 3.0)
+"""Between attempts, the storage client's own ones not counted."""
+_PASSING = {"ENOSPC", "EDQUOT", "EIO", "ESTALE", "EAGAIN", "EBUSY", "EINTR", "ETIMEDOUT", "ECONNRESET", "EREMOTEIO"}
+"""Names of errors of filesystems that another attempt may mend."""
+_BUSY = re.compile(
+    r"network|timed? ?out|timeout|slow_?down|throttl|unavailable|internal_failure|connection|curl|http status 5\d\d",
+    re.IGNORECASE,
+)
+"""The same in the words of object stores, which give no number."""
+
+
+def retried(operation: Callable[[], T]) -> T:
+    """Do it, again after each of `PAUSES_S` while it fails in a way that may mend; the last `OSError` is raised."""
+    for pause in PAUSES_S:
+        try:
+            return operation()
+        except OSError as error:
+            named = errno.errorcode.get(error.errno or 0)
+            if not (named in _PASSING or (named is None and _BUSY.search(str(error)))):
+                raise
+            log.warning("storage: %s; trying again in %g s", " ".join(str(error).split())[:200], pause)
+            time.sleep(pause)
+    return operation()
 
 
 @dataclass(frozen=True)
@@ -64,23 +95,27 @@ class Folder:
     def kind(self, name: str = "") -> pafs.FileType:
         """File, directory or nothing; a storage that cannot be asked is a `StorageError`."""
         try:
-            return self.fs.get_file_info(self._at(name)).type
+            return retried(lambda: self.fs.get_file_info(self._at(name))).type
         except OSError as error:
             raise self._unreachable(name, error) from None
 
     def names(self) -> list[str]:
         """Sorted names of the files and folders in it; empty when it does not exist."""
         try:
-            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+            infos = retried(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
         except OSError as error:
             raise self._unreachable("", error) from None
         return sorted(info.base_name for info in infos if not _is_partial(info.base_name))
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file."""
-        try:
+
+        def read() -> bytes:
             with self.fs.open_input_stream(self._at(name), compression=None) as stream:
                 return stream.read()
+
+        try:
+            return retried(read)
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
         except OSError as error:
@@ -88,8 +123,16 @@ class Folder:
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file whole or not at all."""
-        with self._published(name) as sink, self.fs.open_output_stream(sink, compression=None) as stream:
-            stream.write(data)
+
+        def write() -> None:
+            with self._published(name) as sink, self.fs.open_output_stream(sink, compression=None) as stream:
+                stream.write(data)
+
+        try:
+            retried(write)
+        except OSError as error:
+            reason = error.strerror or error
+            raise StorageError(f"cannot write {self.uri}/{name}: {reason}", knob="run.output") from error
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""
@@ -111,7 +154,7 @@ class Folder:
                 raise StorageError("the folder holds no Parquet file", got=inside.uri)
             return pa.concat_tables(parts, promote_options="default")
         try:
-            return pq.read_table(self._at(name), columns=columns, filesystem=self.fs)
+            return retried(lambda: pq.read_table(self._at(name), columns=columns, filesystem=self.fs))
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -159,20 +202,16 @@ class Folder:
     def _published(self, name: str) -> Iterator[str]:
         """The path to write to; what was written there becomes visible under `name` when the block ends well."""
         target = self._at(name)
+        self.fs.create_dir(os.path.dirname(target), recursive=True)
+        if not self.is_local:
+            yield target
+            return
+        partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.partial"
         try:
-            self.fs.create_dir(os.path.dirname(target), recursive=True)
-            if not self.is_local:
-                yield target
-                return
-            partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.partial"
-            try:
-                yield partial
-                os.replace(partial, target)
-            finally:
-                Path(partial).unlink(missing_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise StorageError(f"cannot write {self.uri}/{name}: {reason}", knob="run.output") from error
+            yield partial
+            os.replace(partial, target)
+        finally:
+            Path(partial).unlink(missing_ok=True)
 
 
 def _is_partial(name: str) -> bool:

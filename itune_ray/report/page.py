@@ -265,12 +265,15 @@ def _funnel(run: Run) -> dict[str, Any]:
 
 
 def _mixes(run: Run) -> list[tuple[str, Any]]:
-    """Facts of curate stages: how sources were mixed (survey eq. 5), how good manual rows are (eq. 1)."""
+    """Facts of curate stages: how sources were mixed (survey eq. 5), how good manual rows are (eq. 1), and whether
+    words in a row can move its judge."""
     found: list[tuple[str, Any]] = []
     for stage in run.of_job("curate"):
         quality = stage.manifest.get("q_manual")
         found += [(f"Mixture, {stage.name}", stage.mix)] if stage.mix else []
         found += [(f"Manual quality Q, {stage.name}", quality)] if quality else []
+        judges = [step for step in stage.manifest.get("filters", []) if "planted" in step]
+        found += [(f"Judge, {stage.name}", step) for step in judges]
     return found
 
 

@@ -8,6 +8,7 @@ marker file is written last; a folder without it is a crash's leftover, never re
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
-from itune_ray.data.storage import Folder
-from itune_ray.errors import TrainError
+from itune_ray.data.storage import PAUSES_S, Folder
+from itune_ray.errors import StorageError, TrainError
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
@@ -51,8 +52,20 @@ class Checkpoints:
             self._remove_unfinished()
             target.fs.create_dir(target.path, recursive=True)
         self._world.barrier()
-        with _quiet():
-            save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
+        for pause in (*PAUSES_S, None):
+            try:
+                with _quiet():
+                    save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
+                break
+            except (CheckpointException, OSError) as error:  # on every rank, whichever one it happened to
+                reason = _of_storage(error)
+                if reason is None:
+                    raise
+                if pause is None:
+                    raise StorageError(
+                        f"the checkpoint of step {step} cannot be written: {reason}", got=target.uri, knob="run.output"
+                    ) from None
+                time.sleep(pause)
         self._world.barrier()
         if self._world.is_main:
             target.write_json(MARKER, {"step": step, "world": self._world.size})
@@ -82,6 +95,17 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         return [int(name.removeprefix("step-")) for name in self._folder.names() if name.startswith("step-")]
+
+
+def _of_storage(error: BaseException) -> str | None:
+    """What the storage said, where that is what went wrong; torch's writer only says that a file came out too short."""
+    causes = [failed for failed, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cause.strerror or " ".join(str(cause).split())[:200]
+        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
+            return "a file could not be written whole; is the disk full?"
+    return None
 
 
 def _alone() -> bool:

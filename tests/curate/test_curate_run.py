@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from runs import rated_answer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -263,7 +264,7 @@ class FakeHost:
 
     async def generate(self, messages: Any, *, key: str, sampling: Any = None, n: int = 1) -> Completion:
         self.asked += 1
-        text = messages[-1]["content"].split("[Answer]\n")[1].split("\n")[0]
+        text = rated_answer(messages).split("\n")[0]
         return Completion(id=key, samples=(Sample(text=text, token_ids=(1,), finish_reason="stop"),))
 
 
@@ -279,9 +280,9 @@ def test_a_changed_threshold_asks_the_judge_nothing(tmp_path, ray_session):
 
     first = FakeHost()
     artifact = judged(first, threshold=4.0)
-    assert first.asked == 31
+    assert first.asked == 31 + 12, "and some once more, with words planted"
     assert artifact.manifest["funnel"]["rejected"] == {"low_score": 20, "no_score": 1}
-    assert artifact.manifest["tokens"]["generated"] == 31
+    assert artifact.manifest["tokens"]["generated"] == 31 + 12
     assert set(artifact.folder.read_table("kept")["score_judge"].to_pylist()) == {4.0, 5.0}
     second = FakeHost()
     stricter = judged(second, threshold=5.0)
@@ -305,7 +306,7 @@ def test_the_judge_asks_through_a_real_pool(tmp_path, ray_session):
     try:
         with pytest.raises(DataError, match=r"only 0 of 20 rows are kept; most were ended by `no_score` \(20 rows\)"):
             stage.run(job, RunStore(str(tmp_path), "run"), "curate", engines, Progress(quiet=True))
-        assert engines.pool(job.filters[0].judge).requests == 20  # type: ignore[union-attr]
+        assert engines.pool(job.filters[0].judge).requests == 20 + 12  # type: ignore[union-attr]
     finally:
         engines.close()
     (folder,) = (tmp_path / "run").glob("curate-*")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from runs import rated_answer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -49,7 +50,7 @@ class ScriptedLlm:
         self.most_under_way = max(self.most_under_way, self.under_way)
         await asyncio.sleep(0)
         self.under_way -= 1
-        text = messages[-1]["content"].split("[Answer]\n")[1].split("\n")[0]
+        text = rated_answer(messages).split("\n")[0]
         if text == "too long":
             return Completion(id=key, error="prompt_too_long: 9", retryable=False)
         if text.startswith("die") and self.asked[key] <= int(text.split()[1]):

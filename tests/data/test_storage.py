@@ -3,13 +3,15 @@
 import gzip
 import json
 import os
-from pathlib import Path
+import threading
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+from stores import disk
 
-from itune_ray.data.storage import Folder
+from itune_ray.data import storage
+from itune_ray.data.storage import Folder, retried
 from itune_ray.errors import StorageError
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", None, "ü"]})
@@ -81,7 +83,13 @@ def test_delete_takes_files_and_folders(folder):
     assert folder.names() == []
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """Attempts without long pauses."""
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, quick):
     folder = Folder.at(tmp_path)
     folder.write_bytes("a", b"old")
 
@@ -95,13 +103,62 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_write_that_breaks_half_way_is_a_storage_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(StorageError, match="No space left"), Folder.at(tmp_path)._published("a") as sink:  # noqa: PT012
-        os.symlink("/dev/full", sink)
-        with open(sink, "wb") as stream:
-            stream.write(b"x")
-    assert os.listdir(tmp_path) == []
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(tmp_path, quick):
+    with disk(tmp_path / "disk", 64) as small:
+        folder = Folder.at(small)
+        folder.write_bytes("a", b"old")
+        with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*run\.output"):
+            folder.write_bytes("a", b"x" * 100_000)
+        assert folder.read_bytes("a") == b"old"
+        assert os.listdir(small) == ["a"]
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_nothing(tmp_path):
+    with disk(tmp_path / "disk", 64) as small:
+        (small / "other").write_bytes(b"x" * 60_000)
+        freed = threading.Timer(0.5, (small / "other").unlink)
+        freed.start()
+        Folder.at(small).write_bytes("a", b"x" * 30_000)
+        freed.join()
+        assert len(Folder.at(small).read_bytes("a")) == 30_000
+
+
+def test_what_no_attempt_can_mend_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    for error in (PermissionError(13, "no"), FileNotFoundError(2, "no"), OSError("AWS Error ACCESS_DENIED during X")):
+        asked = []
+
+        def fail(error=error, asked=asked):
+            asked.append(None)
+            raise error
+
+        with pytest.raises(OSError, match=r"no|DENIED"):
+            retried(fail)
+        assert len(asked) == 1
+
+
+def test_an_outage_is_waited_out(quick):
+    asked = []
+
+    def fail():
+        asked.append(None)
+        if len(asked) < 3:
+            raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
+        return "there"
+
+    assert retried(fail) == "there"
+
+
+def test_an_outage_that_lasts_is_told(quick):
+    asked = []
+
+    def fail():
+        asked.append(None)
+        raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
+
+    with pytest.raises(OSError, match="NETWORK"):
+        retried(fail)
+    assert len(asked) == 1 + len(storage.PAUSES_S)
 
 
 def test_a_path_below_a_file_is_a_storage_error(tmp_path):

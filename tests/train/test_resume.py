@@ -1,14 +1,16 @@
 """Stopping and starting again continues the same run: bit for bit on the same ranks, to rounding on others."""
 
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from stores import disk
 
-from itune_ray.errors import TrainError
+from itune_ray.errors import StorageError, TrainError
 from itune_ray.train import loop as loop_module
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
@@ -150,3 +152,16 @@ def test_the_first_notice_to_any_rank_makes_all_save_once(folder, tmp_path):
     assert run_ranks(2, leave_after, job, str(tmp_path), 1, 2) == [2, 2]
     saved = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert [int(name.rpartition("-")[2]) for name in saved] == [2, 4]
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_from_what_was_saved(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("itune_ray.train.checkpoint.PAUSES_S", (0.01,))
+    job, records = job_of(folder, checkpoint={"every_steps": 2}), tiny.chats(40)
+    train_local(job, records, str(tmp_path / "whole"))
+    whole = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoint" / "step-000006").iterdir())
+    with disk(tmp_path / "disk", kilobytes=whole // 1024 + 400) as small:
+        with pytest.raises(StorageError, match=r"checkpoint of step 4 cannot be written: .*(No space left|disk full)"):
+            train_local(job, records, str(small / "run"))
+        shutil.copytree(small / "run", tmp_path / "larger")
+    train_local(job, records, str(tmp_path / "larger"))
+    assert figures(tmp_path / "larger") == figures(tmp_path / "whole")

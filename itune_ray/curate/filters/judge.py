@@ -1,6 +1,8 @@
 """Judge: answers that a model rates well (AlpaGasus, methods D30)."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from itune_ray.config.base import digest
@@ -10,11 +12,11 @@ from itune_ray.data.fingerprint import content_identity
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
-from itune_ray.engine.judge import Judge
+from itune_ray.engine.judge import Judge, planted
 from itune_ray.errors import GenerationError
 
 MAX_ATTEMPTS = 3
-SELECTION = ("only", "threshold", "max_parse_fail", "commit")
+SELECTION = ("only", "threshold", "max_parse_fail", "planted", "commit")
 """Settings that choose among ratings and leave the ratings themselves alone."""
 
 
@@ -52,6 +54,26 @@ class JudgeFilter(Filter):
         if math.isnan(judged.score):
             return Outcome(record=rated, input_key=key, status="rejected", reason="no_score", raw=judged.reply)
         return Outcome(record=rated, input_key=key, status="accepted", score=judged.score, raw=judged.reply)
+
+    def planted(self, records: Sequence[Record]) -> dict[str, Record]:
+        """Content hash of some of the records, always the same ones -> the record with words planted in its answer."""
+        chosen = sorted({record.content_hash: record for record in records}.items())[: self.config.planted]
+        return {
+            key: replace(
+                record, messages=(*record.prompt, {"role": "assistant", "content": self._with_words(record, i)})
+            )
+            for i, (key, record) in enumerate(chosen)
+        }
+
+    def _with_words(self, record: Record, number: int) -> str:
+        return planted(record.response or "", number, self.config.scale[1])
+
+    def injection(self, planted: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
+        """What the planted words did, where both answers got a score: how many scores rose, the mean of all changes."""
+        pairs = [(known[key], known[record.content_hash]) for key, record in planted.items()]
+        rises = [after.score - own.score for own, after in pairs if own.status == after.status == "accepted"]
+        mean = round(sum(rises) / len(rises), 4) if rises else 0.0
+        return {"planted": len(rises), "raised_by_planted_words": sum(rise > 0 for rise in rises), "mean_rise": mean}
 
     def verdict(self, rating: Outcome) -> Verdict:
         """What a stored rating means for the row."""
