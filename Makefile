@@ -17,7 +17,7 @@ BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
 OVERRIDE_cpu := --override requirements/cpu-overrides.txt
 INSTALL = $(UV) $(BACKEND_$(ACCEL)) $(OVERRIDE_$(ACCEL)) --constraint requirements/constraints.txt
 
-.PHONY: install quickstart full test fast soak playground lint format clean
+.PHONY: install quickstart full test fast soak audit playground lint format clean
 
 install: $(READY)  ## the environment alone
 
@@ -35,6 +35,9 @@ fast: $(READY_DEV)  ## the inner loop
 
 soak: $(READY_DEV)  ## long fault and endurance tests
 	$(BIN)/python -m pytest -m soak --timeout 1800
+
+audit: $(READY_DEV)  ## known vulnerabilities of the pinned packages; needs the network
+	$(BIN)/python requirements/audit.py
 
 playground: $(READY)  ## rebuild the shipped models by ordinary train jobs
 	$(BIN)/python jobs/playground/build.py

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +108,51 @@ def autoscaling(node_types: Mapping[str, Any], idle_s: float = 5.0) -> Iterator[
     with running(command, environment, folder) as pid:
         joining = {k: v for k, v in environment.items() if not k.startswith(("RAY_CLOUD", "RAY_OVERRIDE"))}
         yield Head(f"127.0.0.1:{port}", str(file), pid, joining)
+
+
+@dataclass(frozen=True)
+class JobServer:
+    """A head that takes jobs: the address of its job server, its process, the environment of whoever talks to it."""
+
+    address: str
+    pid: int
+    environment: Mapping[str, str]
+    folder: Path
+
+
+def joining(token: str | None) -> dict[str, str]:
+    """The environment of whoever talks to a cluster, with a token or without any."""
+    environment = {**os.environ, "PATH": SEARCH_PATH, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    return {**environment, "RAY_AUTH_TOKEN": token} if token else environment
+
+
+@contextlib.contextmanager
+def job_server(cpus: int = 8) -> Iterator[JobServer]:
+    """A head with a dashboard that asks for a token."""
+    folder = Path(tempfile.mkdtemp(prefix="ir", dir="/tmp"))
+    dashboard, environment = free_port(), joining(secrets.token_hex(32))
+    command = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}", f"--temp-dir={folder}"]
+    command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    command += [f"--{port}={free_port()}" for port in AGENT_PORTS]
+    with running(command, {**environment, "OMP_NUM_THREADS": "1"}, folder) as pid:
+        address = f"http://127.0.0.1:{dashboard}"
+        await_answer(f"{address}/api/version")
+        yield JobServer(address, pid, environment, folder)
+
+
+def await_answer(url: str, timeout_s: float = 90) -> None:
+    """Until something answers there, if only that it wants a token."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing answers at {url}"
+            time.sleep(0.25)
 
 
 @contextlib.contextmanager

@@ -4,15 +4,12 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
-from clusters import free_port
+from clusters import await_answer, free_port
 
 
 @contextlib.contextmanager
@@ -28,7 +25,7 @@ def s3(bucket: str = "bucket") -> Iterator[None]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
     }
     try:
-        _wait_for(given["AWS_ENDPOINT_URL"])
+        await_answer(given["AWS_ENDPOINT_URL"])
         with pytest.MonkeyPatch.context() as patch:
             for name, value in given.items():
                 patch.setenv(name, value)
@@ -39,19 +36,6 @@ def s3(bucket: str = "bucket") -> Iterator[None]:
     finally:
         server.kill()
         server.wait()
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.1)
 
 
 @contextlib.contextmanager
