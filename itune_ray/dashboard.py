@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import urllib.error
@@ -40,9 +41,13 @@ def serve(ray_folder: str, port: int) -> int:
     """Run Prometheus until interrupted, and say where everything is."""
     with prometheus(Path(ray_folder), port) as running:
         print(f"Prometheus: {running.url}  ({len(running.endpoints)} endpoints of Ray)")
-        print(f"alerts: {running.url}/alerts")
         print("Ray dashboard, with time series once it finds Prometheus: http://127.0.0.1:8265/#/metrics")
-        print(f"Grafana: import {RULES.parent}/*.json with this Prometheus as data source", flush=True)
+        if RULES.is_file():
+            print(f"alerts: {running.url}/alerts")
+            print(f"Grafana: import {RULES.parent}/*.json with this Prometheus as data source")
+        else:
+            print("an installed package has neither alerts nor Grafana boards: they are in dashboards/ of a clone")
+        sys.stdout.flush()
         stop = threading.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: stop.set())

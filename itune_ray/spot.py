@@ -1,6 +1,7 @@
 """The agent of a spot node: it turns the cloud's notice of interruption into a Ray drain, while there is time.
 
-`python -m itune_ray.spot --cloud aws` runs beside Ray on every spot node. Ray then places nothing more there.
+`python -m itune_ray.spot --cloud aws` runs beside Ray on every spot node. Ray then places nothing more there, and the
+ranks of a training save a checkpoint after the step they are in.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Whether a pinned package has a known vulnerability: pip-audit over the constraints.
 
-`python requirements/audit.py [--where-reachable]` exits with 1 on a finding that is not in `ACCEPTED`. pip-audit takes a
-package that it cannot ask about for a safe one, so a package that is known to be vulnerable is asked about first: where
+`python requirements/audit.py [--where-reachable]` exits with 1 on a finding that is not in `ACCEPTED`. pip-audit takes
+a package that it cannot ask about for a safe one, so one that is known to be vulnerable is asked about first: where
 even that one seems safe, nothing was checked, which is said, and is an error without `--where-reachable`.
 """
 

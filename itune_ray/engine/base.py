@@ -71,6 +71,8 @@ class Completion:
     prompt_token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """Per prompt token: token id -> log-probability given the tokens before it; None at the first."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the engine found in its prefix cache."""
     error: str | None = None
     """Why it failed, in the engine's own words."""
     retryable: bool = False

@@ -201,5 +201,6 @@ def _record(answers: Sequence[Answer], running: int) -> None:
     metrics.count("itune_engine_requests_total", len(answers))
     metrics.count("itune_engine_failures_total", len(answers) - sum(c.error is None for c in completions))
     metrics.count("itune_engine_tokens_total", sum(len(c.prompt_token_ids) for c in completions), kind="prompt")
+    metrics.count("itune_engine_tokens_total", sum(c.num_cached_tokens for c in completions), kind="cached")
     metrics.count("itune_engine_tokens_total", written, kind="generated")
     metrics.gauge("itune_engine_running", running)

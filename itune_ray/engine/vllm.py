@@ -257,6 +257,7 @@ def completion_of(request: Request, output: Any) -> Completion:
         samples=samples * (request.sampling.n // len(samples)),
         prompt_token_ids=tuple(output.prompt_token_ids or ()),
         prompt_logprobs=_prompt_logprobs(output.prompt_logprobs),
+        num_cached_tokens=output.num_cached_tokens or 0,
     )
 
 

@@ -38,7 +38,12 @@ _ALL = (
     Metric("itune_engine_requests_total", "counter", "Requests that reached an engine.", ("model", "replica")),
     Metric("itune_engine_failures_total", "counter", "Requests that an engine refused.", ("model", "replica")),
     Metric("itune_engine_running", "gauge", "Requests at an engine, queued ones included.", ("model", "replica")),
-    Metric("itune_engine_tokens_total", "counter", "Tokens an engine read and wrote.", ("model", "replica", "kind")),
+    Metric(
+        "itune_engine_tokens_total",
+        "counter",
+        "Tokens an engine read (prompt), of these had in its prefix cache (cached), and wrote (generated).",
+        ("model", "replica", "kind"),
+    ),
     # Training.
     Metric("itune_loss", "gauge", "Training loss of the newest step that was logged."),
     Metric("itune_held_out_loss", "gauge", "Loss on held-out rows, where there are any."),

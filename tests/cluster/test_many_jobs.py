@@ -37,7 +37,7 @@ def descendants(server: JobServer) -> dict[int, str]:
     for process in psutil.Process(server.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             found[process.pid] = " ".join(process.cmdline() or [process.name()]).strip()
-    ours = {pid: line for pid, line in found.items() if "itune_ray" in line or line.startswith("ray::")}
+    ours = {pid: line for pid, line in found.items() if "-m itune_ray" in line or line.startswith("ray::")}
     return {pid: line for pid, line in ours.items() if line.removeprefix("ray::").split()[0] not in SERVICES}
 
 
