@@ -35,7 +35,8 @@ def receivers(settings: RunSettings) -> list[str]:
     scheme, separator, rest = output_root(settings).partition("://")
     if separator:
         lines.append(f"rows go to {_store_host(scheme, rest)} (run.output)")
-    address = settings.ray.address or os.environ.get("RAY_ADDRESS") or ""
+    # A submitted job's driver is on the cluster already.
+    address = "" if in_submitted_job() else settings.ray.address or os.environ.get("RAY_ADDRESS") or ""
     host = address.rpartition("://")[2].rpartition(":")[0]
     if host and host not in ("127.0.0.1", "localhost"):
         lines.append(f"rows go to the Ray cluster at {host} (run.ray.address or RAY_ADDRESS)")

@@ -95,3 +95,5 @@ def test_every_host_that_receives_rows_is_named(monkeypatch):
     assert receivers(RunSettings(output="s3://bucket/runs")) == ["rows go to minio.example:9000 (run.output)"]
     remote = RunSettings.model_validate({"output": "/d", "ray": {"address": "ray://head.example:10001"}})
     assert receivers(remote) == ["rows go to the Ray cluster at head.example (run.ray.address or RAY_ADDRESS)"]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert receivers(remote) == [], "a submitted driver is there already"
