@@ -120,6 +120,34 @@ def test_a_deadline_is_a_completion_that_says_what_the_replica_does(host):
 
 
 @pytest.mark.real
+def test_a_request_that_was_given_up_leaves_the_engine(host):
+    """With room for one at a time the next would else wait for five seconds."""
+    pool = host.pool(served(FakeEngineConfig(latency_s=5.0), request_timeout_s=0.3, max_outstanding=1))
+    client = pool.client
+
+    async def one_by_one():
+        return [(await client.generate([request]))[0] for request in requests(4)]
+
+    started = time.monotonic()
+    assert all(completion.error.startswith("no answer within 0.3 s") for completion in asyncio.run(one_by_one()))
+    assert pool.requests == 4
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.real
+def test_equal_requests_of_two_senders_reach_the_engine_once(host):
+    """As when a crashed worker's rows are driven again while its first requests still run."""
+    pool = host.pool(served(FakeEngineConfig(latency_s=0.5)))
+
+    async def both():
+        return await asyncio.gather(*(sender.generate(requests(10)) for sender in (pool.client, pool.client)))
+
+    first, second = asyncio.run(both())
+    assert first == second
+    assert pool.requests == 10
+
+
+@pytest.mark.real
 def test_an_ask_the_cluster_cannot_meet_fails_at_once(host):
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"3 engine replicas of any needs 12 CPU, and the cluster has 8"):
