@@ -32,8 +32,9 @@ STORES = {"s3": "s3.amazonaws.com", "gs": "storage.googleapis.com", "gcs": "stor
 def receivers(settings: RunSettings) -> list[str]:
     """One line for every host outside this machine that rows of the run will be sent to."""
     lines: list[str] = []
-    scheme, separator, rest = output_root(settings).partition("://")
-    if separator:
+    root = settings.output or os.environ.get("ITUNE_OUTPUT") or ""
+    scheme, separator, rest = root.partition("://")
+    if separator and scheme != "file":
         lines.append(f"rows go to {_store_host(scheme, rest)} (run.output)")
     # A submitted job's driver is on the cluster already.
     address = "" if in_submitted_job() else settings.ray.address or os.environ.get("RAY_ADDRESS") or ""

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from clusters import autoscaling
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.soak]
 
 SMALL = {"object_store_memory": 100 * 2**20}
 NODE_TYPES = {

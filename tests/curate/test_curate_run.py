@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from runs import rated_answer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -263,6 +262,8 @@ class FakeHost:
         return SimpleNamespace(client=SimpleNamespace(llm=lambda *_: self))
 
     async def generate(self, messages: Any, *, key: str, sampling: Any = None, n: int = 1) -> Completion:
+        from runs import rated_answer  # not above: Ray's workers import this module too, and know no other test folder
+
         self.asked += 1
         text = rated_answer(messages).split("\n")[0]
         return Completion(id=key, samples=(Sample(text=text, token_ids=(1,), finish_reason="stop"),))

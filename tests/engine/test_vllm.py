@@ -239,6 +239,16 @@ def test_what_vllm_cannot_load_is_one_line(folder, tmp_path, change, config, mes
 
 
 @pytest.mark.real
+def test_what_the_prefix_cache_gave_is_counted(engine, loop):
+    long = Request(id="a", sampling=replace(GREEDY, max_tokens=1), text="one two three four five six " * 20)
+    first, again = (on_loop(loop, engine.generate([replace(long, id=name)]))[0] for name in ("a", "b"))
+    assert first.error is None
+    assert first.num_cached_tokens == 0
+    assert 0 < again.num_cached_tokens < len(again.prompt_token_ids)
+    assert again.samples == first.samples
+
+
+@pytest.mark.real
 def test_a_dead_engine_tells_all_its_callers_why(engine, loop, monkeypatch):
     stepper = engine._backend._stepper
 
@@ -249,13 +259,3 @@ def test_a_dead_engine_tells_all_its_callers_why(engine, loop, monkeypatch):
     for _ in range(2):
         with pytest.raises(EngineDiedError, match="RuntimeError: out of memory in the middle"):
             on_loop(loop, engine.generate([chat("a"), chat("b")]))
-
-
-@pytest.mark.real
-def test_what_the_prefix_cache_gave_is_counted(engine, loop):
-    long = Request(id="a", sampling=replace(GREEDY, max_tokens=1), text="one two three four five six " * 20)
-    first, again = (on_loop(loop, engine.generate([replace(long, id=name)]))[0] for name in ("a", "b"))
-    assert first.error is None
-    assert first.num_cached_tokens == 0
-    assert 0 < again.num_cached_tokens < len(again.prompt_token_ids)
-    assert again.samples == first.samples
