@@ -1,6 +1,6 @@
 """`python -m itune_ray`."""
 
-from itune_ray.cli import main
+from itune_ray.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

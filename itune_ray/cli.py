@@ -22,6 +22,21 @@ from itune_ray.jobs import JOBS
 USER_ERROR, INTERRUPTED = 2, 130
 
 
+def command() -> None:
+    """The process: `main`, and an end that keeps its exit status.
+
+    After an error or an interrupt, threads of Ray may still write while Python closes its streams, which aborts the
+    process with another status: all is told by then, so it ends at once.
+    """
+    status = main()
+    if status and (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a fault of ours, 2 for an error the user can mend."""
     arguments = _parser().parse_args(argv)
