@@ -34,7 +34,7 @@ from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.reference import Reference, reference_of
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
-from itune_ray.train.step import Stepper, StepResult
+from itune_ray.train.step import Leaving, Stepper, StepResult
 from itune_ray.train.strategies import build_strategy
 from itune_ray.train.validation import Validation
 from itune_ray.train.world import World, current_world, start_from_environment
@@ -47,9 +47,6 @@ validation.jsonl, `checkpoint_seconds`, `packing_efficiency` and `flops_per_s`);
 OnPlace = Callable[[int, str], None]
 """(step, `prepares` its batches | `computes` with the other ranks | `saves`), called before a rank does it: when a
 collective times out, the rank that never came to where the others wait can be named."""
-
-Leaving = Callable[[], bool]
-"""Whether this rank's machine is about to be taken away; asked on every rank after each step, must be quick."""
 
 
 def train_local(
@@ -93,7 +90,7 @@ def train_rank(
 
     Args:
         on_place: Told on every rank where it is, see `OnPlace`.
-        leaving: See `Leaving`; the first time any rank says so, all save a checkpoint, and go on.
+        leaving: See `itune_ray.train.step.Leaving`; the first time any rank says so, all save a checkpoint, and go on.
         stop_at: Pause once so many steps are done: checkpoint, and export to `pause_folder` what can be served, the
             adapter alone where there is one. A later call goes on as if there had been no pause.
 
@@ -203,7 +200,7 @@ class Loop:
         leaving: Leaving | None = None,
     ):
         self._on_place = on_place or (lambda step, place: None)
-        self._leaving = leaving
+        self._leaving, self._left = leaving or (lambda: False), False
         self._job, self._rows, self._stepper, self._checkpoints = job, rows, stepper, checkpoints
         self._table, self._held_out = rows.table, held_out
         self._stage_dir, self._world = stage_dir, stepper.world
@@ -223,14 +220,14 @@ class Loop:
         row: Row = {}
         saved: Row = {}
         for step in range(start, end):
-            row = self._step(step)
+            row, leaves = self._step(step)
             if validation is not None and validation.due(step + 1, self._total):
                 held_out = {"held_out_loss": validation.run(step + 1)["loss"]}
             if log is not None and ((step + 1) % self._job.log_every == 0 or step + 1 == self._total):
                 log.write(row)
                 if on_progress is not None:
                     on_progress(step + 1, self._total, {**row, **held_out, **saved, **self._filled(step)})
-            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end or self._must_save():
+            if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end or leaves:
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
@@ -238,13 +235,6 @@ class Loop:
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
-
-    def _must_save(self) -> bool:
-        """Whether a rank is about to go, the first time that one is. Collective."""
-        if self._leaving is None or not self._world.sum([float(self._leaving())])[0]:
-            return False
-        self._leaving = None
-        return True
 
     def _filled(self, step: int) -> Row:
         """Share of the packed rows' places that hold a token."""
@@ -271,14 +261,15 @@ class Loop:
             self._checkpoints.load(step, self._stepper.model, self._optimizers, self._stepper.strategy)
         return step
 
-    def _step(self, step: int) -> Row:
+    def _step(self, step: int) -> tuple[Row, bool]:
+        """The step's row of metrics, and whether it is the first after which a rank is about to go."""
         began = time.perf_counter()
         lr = self._optimizers.set_lr(lr_factor(self._job.schedule, step, self._total))
         self._seed(step)
         self._on_place(step + 1, "prepares")
         batches = self._micro_batches(step)
         self._on_place(step + 1, "computes")
-        result = self._stepper(batches)
+        result = self._stepper(batches, self._leaving)
         seconds = time.perf_counter() - began
         if not _finite(result):
             raise TrainError(
@@ -287,7 +278,8 @@ class Loop:
                 allowed="finite numbers",
                 knob="optimizer.lr",
             )
-        return self._row(step, result, lr, seconds)
+        first, self._left = result.leaving and not self._left, self._left or result.leaving
+        return self._row(step, result, lr, seconds), first
 
     def _row(self, step: int, result: StepResult, lr: float, seconds: float) -> Row:
         tokens = self._table.tokens(step)

@@ -5,7 +5,7 @@ Units are summed over the micro-batches and all ranks before the first forward; 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
+Leaving = Callable[[], bool]
+"""Whether this rank's machine is about to be taken away; asked on every rank in each step, must be quick."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -29,6 +32,8 @@ class StepResult:
     """N_k over all ranks."""
     metrics: dict[str, float]
     """What the objective reports, divided by global units."""
+    leaving: bool = False
+    """Whether any rank's machine is about to be taken away."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,11 @@ class Stepper:
     dtype: torch.dtype
     clip_norm: float | None
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """Every rank passes the same number of micro-batches, dummies included, or collectives would not match."""
+    def __call__(self, micro_batches: Sequence[Batch], leaving: Leaving = lambda: False) -> StepResult:
+        """Every rank passes the same number of micro-batches, dummies included, or collectives would not match.
+
+        What `leaving` says travels with the step's sums: a collective of its own cost 7 % of the time of small steps.
+        """
         units = self._global_units(micro_batches)
         sums: dict[str, float] = defaultdict(float)
         metric_units: dict[str, str] = {}
@@ -59,11 +67,12 @@ class Stepper:
                 sums[name] += float(metric.total)
                 metric_units[name] = metric.unit
         grad_norm = self.strategy.step(self.optimizers, self.clip_norm)
-        totals = dict(zip(sums, self.world.sum(list(sums.values())), strict=True))
+        *summed, leaving_ranks = self.world.sum([*sums.values(), float(leaving())])
+        totals = dict(zip(sums, summed, strict=True))
         coefficients = self.objective.coefficients
         value = sum(c * totals[f"loss/{term}"] / units[term] for term, c in coefficients.items())
         metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items()}
-        return StepResult(value, grad_norm, units, metrics)
+        return StepResult(value, grad_norm, units, metrics, leaving_ranks > 0)
 
     def _global_units(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         counts: dict[str, float] = defaultdict(float)
