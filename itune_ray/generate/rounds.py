@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from itune_ray.config.generate import GenerateJob, RespondConfig, SelfInstructConfig
+from itune_ray.config.generate import GenerateJob
+from itune_ray.config.recipes import RespondConfig, SelfInstructConfig
 from itune_ray.config.shared import SamplingConfig
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.records import Record, row_rng

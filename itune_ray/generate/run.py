@@ -69,7 +69,7 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
             on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
-    _finish(artifact, ledger.table(), tally, feed)
+    _finish(job, artifact, ledger.table(), tally, feed)
     return artifact
 
 
@@ -83,7 +83,7 @@ def _run_rounds(
 ) -> None:
     loop = SelfInstruct(job, seeds, artifact.folder / "ledger", feed.stream_of, progress)
     rows = [outcome.to_row() for outcome in [*quarantined, *loop.run()]]
-    _finish(artifact, pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), loop.tally, feed, rounds=loop.facts())
+    _finish(job, artifact, pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), loop.tally, feed, rounds=loop.facts())
 
 
 def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outcome]]:
@@ -223,23 +223,27 @@ def _cause(error: BaseException) -> ITuneError:
     return GenerationError(f"a recipe worker failed: {str(error).strip().splitlines()[-1]}")
 
 
-def _check_made_something(funnel: Funnel, table: pa.Table) -> None:
+def _check_made_enough(job: GenerateJob, funnel: Funnel, table: pa.Table) -> None:
     """An empty table would fail a later stage, with a worse message."""
-    if funnel.accepted or not funnel.rows_in:
+    if funnel.accepted >= job.min_rows or not funnel.rows_in:
         return
-    why, count = max({**funnel.rejected, **funnel.failed}.items(), key=lambda item: item[1])
+    made = f"{funnel.accepted} rows were made" if funnel.accepted else "no row was made"
+    ended = {**funnel.rejected, **funnel.failed}
+    if not ended:
+        raise GenerationError(made, allowed=f"{job.min_rows} or more", knob="min_rows or prompts")
+    why, count = max(ended.items(), key=lambda item: item[1])
     rows = table.select(["reason", "cause", "raw"]).to_pylist()
     words = next((row["raw"] for row in rows if why in (row["reason"], row["cause"])), None)
     raise GenerationError(
-        f"no row was made: {sum(funnel.rejected.values())} rejected, {sum(funnel.failed.values())} failed, "
+        f"{made}: {sum(funnel.rejected.values())} rejected, {sum(funnel.failed.values())} failed, "
         f"{count} of them for `{why}`" + (f" ({words})" if words and words != why else ""),
         knob="max_attempts" if funnel.failed else "prompts or teacher",
     )
 
 
-def _finish(artifact: Artifact, table: pa.Table, tally: Tally, feed: _Feed, **facts: Any) -> None:
+def _finish(job: GenerateJob, artifact: Artifact, table: pa.Table, tally: Tally, feed: _Feed, **facts: Any) -> None:
     funnel = publish_table(table, artifact.folder)
-    _check_made_something(funnel, table)
+    _check_made_enough(job, funnel, table)
     tokens = table.select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
     prompts = {row["input_key"]: row["num_prompt_tokens"] or 0 for row in reversed(tokens)}
     artifact.finish(

@@ -18,7 +18,7 @@ class CrashOnce(Respond):
     """`respond`, whose worker process dies in the middle of a block, the first time only."""
 
     def __init__(self, flag: str):
-        from itune_ray.config.generate import RespondConfig
+        from itune_ray.config.recipes import RespondConfig
 
         super().__init__(RespondConfig())
         self._flag = Path(flag)

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 from generate_recipe import Echo
 
-from itune_ray.config.generate import CommitConfig, RespondConfig
+from itune_ray.config.generate import CommitConfig
+from itune_ray.config.recipes import RespondConfig
 from itune_ray.config.shared import FakeEngineConfig
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.records import Record, records_table

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from itune_ray.config.generate import PreferenceConfig
+from itune_ray.config.recipes import PreferenceConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Completion, Sample, Sampling

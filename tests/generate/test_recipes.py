@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from pydantic import TypeAdapter
 
-from itune_ray.config.generate import CustomRecipeConfig, RecipeConfig, RespondConfig
+from itune_ray.config.recipes import CustomRecipeConfig, RecipeConfig, RespondConfig
 from itune_ray.config.shared import FakeEngineConfig, ModelRef
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Sampling
@@ -34,16 +34,21 @@ def test_registry_equals_the_union():
     assert set(RECIPES) | {"custom"} == {kind.model_fields["type"].default for kind in get_args(union)}
 
 
-def test_every_recipe_provides_what_it_says():
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("messages", [ANSWERED, ANSWERED[:1]], ids=["answered", "prompt"])
+def test_every_input_ends_whatever_the_model_says(name, messages):
     settings = {"preference": {"scorer": {"type": "grader", "grader": "generate_recipe:first_digit"}}}
-    for name in RECIPES:
-        recipe = load_recipe(TypeAdapter(RecipeConfig).validate_python({"type": name, **settings.get(name, {})}))
-        ref = ModelRef(path="playground://base")
-        llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0), ref=ref)
-        row = prompt(messages=ANSWERED) if name == "teacher_topk" else prompt()
-        (outcome,) = asyncio.run(recipe(row, llm))
-        assert outcome.status == "accepted"
-        for field in recipe.provides:
+    recipe = load_recipe(TypeAdapter(RecipeConfig).validate_python({"type": name, **settings.get(name, {})}))
+    ref = ModelRef(path="playground://base")
+    llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0), ref=ref)
+    row = prompt(messages=messages)
+    outcomes = asyncio.run(recipe(row, llm))
+    assert len(outcomes) == (recipe.rows_per_input or len(outcomes)) > 0
+    assert len({outcome.record.key for outcome in outcomes}) == len(outcomes)
+    for outcome in outcomes:
+        assert outcome.input_key == row.key
+        assert outcome.status == "accepted" or outcome.reason
+        for field in recipe.provides if outcome.status == "accepted" else ():
             assert getattr(outcome.record, field) not in (None, (), ""), f"{name} provides no {field}"
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from itune_ray.config.generate import GenerateJob, SelfInstructConfig
+from itune_ray.config.generate import GenerateJob
+from itune_ray.config.recipes import SelfInstructConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder

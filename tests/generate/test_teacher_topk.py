@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from itune_ray.config.generate import GenerateJob, TeacherTopkConfig
+from itune_ray.config.generate import GenerateJob
+from itune_ray.config.recipes import TeacherTopkConfig
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.fake import FakeEngine

@@ -2,7 +2,7 @@
 
 import importlib
 
-from itune_ray.config.generate import CustomRecipeConfig, RecipeConfig
+from itune_ray.config.recipes import CustomRecipeConfig, RecipeConfig
 from itune_ray.errors import ConfigError, did_you_mean
 from itune_ray.generate.recipes.base import Recipe
 
@@ -11,6 +11,7 @@ RECIPES = {
     "preference": "itune_ray.generate.recipes.preference:Preference",
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
+    "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
 

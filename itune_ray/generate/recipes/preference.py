@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itune_ray.benchmarks import GRADERS
-from itune_ray.config.generate import GraderScorer, JudgeScorer, PreferenceConfig
+from itune_ray.config.recipes import GraderScorer, JudgeScorer, PreferenceConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Completion, Llm, Sample

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from itune_ray.config.generate import SelfInstructConfig
+from itune_ray.config.recipes import SelfInstructConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm

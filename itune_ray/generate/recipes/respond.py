@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jinja2
 
-from itune_ray.config.generate import RespondConfig
+from itune_ray.config.recipes import RespondConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Completion, Llm, Sampling

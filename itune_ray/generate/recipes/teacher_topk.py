@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from itune_ray.config.generate import TeacherTopkConfig
+from itune_ray.config.recipes import TeacherTopkConfig
 from itune_ray.data.chat import UnusableRow
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record, TopK
