@@ -127,7 +127,7 @@ def _dry_run(job: Any, resolved: str) -> int:
     from itune_ray.pipeline.output import receivers
 
     print(resolved, end="")
-    for line in receivers(job.run) or ["rows go to no other host"]:
+    for line in receivers(job) or ["rows go to no other host"]:
         print(f"# {line}")
     if isinstance(job, PipelineJob):
         from itune_ray.pipeline.step import plan

@@ -1,6 +1,7 @@
 """Sections that several jobs share: where rows come from, which model, which engine, how it samples, where it runs."""
 
 from typing import Annotated, Any, ClassVar, Literal, cast
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -119,6 +120,19 @@ class SamplingConfig(Schema):
     """-1 keeps the whole vocabulary."""
     max_tokens: Positive = 1024
     stop: tuple[str, ...] = ()
+    json_schema: dict[str, Any] | None = None
+    """Answers are JSON that fits this schema."""
+    regex: str | None = None
+    """Answers match this expression whole."""
+    choice: tuple[str, ...] = ()
+    """Answers are one of these."""
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> "SamplingConfig":
+        given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"answers have one structure: set one of {', '.join(given)}")
+        return self
 
 
 class VllmEngineConfig(Schema):
@@ -180,7 +194,43 @@ class FakeEngineConfig(Schema):
     """A local file to which the engine appends the id of every request it is given."""
 
 
-EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminator="type")]
+class HttpEngineConfig(Schema):
+    """An OpenAI-compatible endpoint that somebody else runs; `model.path` is the model's name there. Rows leave the
+    cluster: the endpoint's host is named when the job starts."""
+
+    beside_identity = frozenset(
+        {"api_key_env", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "request_log"}
+    )
+
+    type: Literal["http"] = "http"
+    url: str
+    """Base URL, e.g. https://api.openai.com/v1."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable, where the replica runs, that holds the key; null for an endpoint without one."""
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    """Prompt and generated tokens; a request counts with its `max_tokens` until its answer says how many it took."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Times a request is sent again after 408, 409, 429, 5xx or a lost connection, after a growing pause or as long as
+    the endpoint asks for."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Deadline of one attempt."""
+    extra: dict[str, Any] = {}
+    """Further fields of the request's body."""
+    request_log: str | None = None
+    """A local file to which the engine appends the id of every request it is given."""
+
+    @model_validator(mode="after")
+    def _an_address(self) -> "HttpEngineConfig":
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must be that of the endpoint, e.g. https://api.openai.com/v1")
+        if parts.username or parts.password:
+            raise ValueError("url must hold no credentials: name the key's variable in api_key_env")
+        return self
+
+
+EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | FakeEngineConfig, Field(discriminator="type")]
 
 
 class PoolConfig(Holder):
@@ -212,6 +262,12 @@ class ServedModel(Schema):
     model: ModelRef
     engine: EngineConfig = VllmEngineConfig()
     pool: PoolConfig = PoolConfig()
+
+    @model_validator(mode="after")
+    def _one_client(self) -> "ServedModel":
+        if isinstance(self.engine, HttpEngineConfig) and self.pool.replicas != 1:
+            raise ValueError("pool.replicas must be 1 for an http engine: one client keeps its rate limits")
+        return self
 
 
 # --- running -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from itune_ray.data.records import Message
 from itune_ray.errors import GenerationError
 
 FinishReason = Literal["stop", "length", "error"]
+UNKNOWN_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,12 @@ class Sampling:
     """Top log-probabilities per generated token; 0 gives the chosen token's only."""
     prompt_logprobs: int | None = None
     """The same per prompt token. Raw values at T = 1 whatever the temperature."""
+    choice: tuple[str, ...] = ()
+    """The answer is one of these texts."""
+    json_schema: str | None = None
+    """The answer is JSON that fits this schema, itself JSON."""
+    regex: str | None = None
+    """The answer matches this expression whole. At most one of `choice`, `json_schema` and `regex` is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,7 @@ class Sample:
 
     text: str
     token_ids: tuple[int, ...]
+    """One per token; `UNKNOWN_TOKEN` from an endpoint that counts tokens without naming them."""
     finish_reason: FinishReason
     logprobs: tuple[dict[int, float], ...] | None = None
     """Per generated token: token id -> log-probability (natural log), the chosen token always among them."""
@@ -127,6 +135,17 @@ class Llm(Protocol):
             key: Names the call within the job, e.g. the row key; decides the seed, so that a retry draws the same.
             sampling: Default: the job's.
             n: Samples to draw; overrides the sampling's.
+        """
+        ...
+
+    async def complete(
+        self, prompt: Sequence[int] | str, *, key: str, sampling: Sampling | None = None, n: int = 1
+    ) -> Completion:
+        """Go on from token ids, or from a text with BOS before it; no chat template.
+
+        Args:
+            prompt: What stands before the completion.
+            key, sampling, n: As for `generate`.
         """
         ...
 

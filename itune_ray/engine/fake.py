@@ -68,6 +68,8 @@ class FakeEngine:
         )
 
     def _fault(self, request: Request, prompt: str) -> tuple[str | None, bool]:
+        if request.sampling.json_schema is not None or request.sampling.regex is not None:
+            return "unsupported: the fake engine has no structured output but `choice`", False
         if (length := len(prompt.split())) >= CONTEXT:
             return f"prompt_too_long: {length} tokens, max_model_len {CONTEXT}", False
         if _chance(self._config.fail_rate, "fail", prompt):
@@ -81,6 +83,8 @@ class FakeEngine:
         sampling = request.sampling
         seed = None if sampling.temperature == 0 else (sampling.seed or 0) + index
         words = self._words(prompt, seed, request.adapter)
+        if sampling.choice:
+            words = sampling.choice[_hash(prompt, seed, request.adapter) % len(sampling.choice)].split()
         cut = min(sampling.max_tokens, CONTEXT - len(prompt.split()))
         if _chance(self._config.truncate_rate, "truncate", prompt, index):
             cut = min(cut, max(1, len(words) // 2))

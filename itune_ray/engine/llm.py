@@ -5,7 +5,9 @@ what is drawn.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from itune_ray.config.base import digest
 from itune_ray.config.shared import ModelRef, SamplingConfig
@@ -22,6 +24,9 @@ def sampling_of(config: SamplingConfig) -> Sampling:
         top_k=config.top_k,
         max_tokens=config.max_tokens,
         stop=config.stop,
+        choice=config.choice,
+        json_schema=None if config.json_schema is None else json.dumps(config.json_schema, sort_keys=True),
+        regex=config.regex,
     )
 
 
@@ -77,19 +82,35 @@ class EngineLlm:
         self, messages: Sequence[Message], *, key: str, sampling: Sampling | None = None, n: int = 1
     ) -> Completion:
         """Complete one chat; see `itune_ray.engine.base.Llm`."""
-        chosen = dataclasses.replace(sampling or self._sampling, n=n, seed=self.seed(key))
-        request = Request(id="", sampling=chosen, messages=tuple(messages), adapter=self._adapter)
-        (completion,) = await self._engine.generate([self._named(request, key)])
-        return completion
+        request = Request(
+            id="", sampling=self._drawn(sampling, key, n), messages=tuple(messages), adapter=self._adapter
+        )
+        return await self._ask(request, key)
+
+    async def complete(
+        self, prompt: Sequence[int] | str, *, key: str, sampling: Sampling | None = None, n: int = 1
+    ) -> Completion:
+        """Go on from token ids or a text; see `itune_ray.engine.base.Llm`."""
+        given: dict[str, Any] = {"text": prompt} if isinstance(prompt, str) else {"token_ids": tuple(prompt)}
+        request = Request(id="", sampling=self._drawn(sampling, key, n), adapter=self._adapter, **given)
+        return await self._ask(request, key)
 
     async def score(self, token_ids: Sequence[int], *, key: str, top: int) -> Completion:
         """Log-probabilities of every prompt token; see `itune_ray.engine.base.Llm`."""
         sampling = Sampling(max_tokens=1, prompt_logprobs=top)
         request = Request(id="", sampling=sampling, token_ids=tuple(token_ids), adapter=self._adapter)
+        return await self._ask(request, key)
+
+    def _drawn(self, sampling: Sampling | None, key: str, n: int) -> Sampling:
+        return dataclasses.replace(sampling or self._sampling, n=n, seed=self.seed(key))
+
+    async def _ask(self, request: Request, key: str) -> Completion:
         (completion,) = await self._engine.generate([self._named(request, key)])
         return completion
 
     def _named(self, request: Request, key: str) -> Request:
         """The id holds a digest of the work, so that two calls that reuse a key by mistake never share an answer."""
-        work = digest([request.messages, request.token_ids, dataclasses.asdict(request.sampling), request.adapter])
+        work = digest(
+            [request.messages, request.text, request.token_ids, dataclasses.asdict(request.sampling), request.adapter]
+        )
         return dataclasses.replace(request, id=f"{self._stage}/{key}/{work}")

@@ -175,10 +175,17 @@ def _load(
         os.environ.update({k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ})
         check_head_dim(folder, model.path)
     try:
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        sleep = {"enable_sleep_mode": True} if can_sleep and not on_cpu else {}
-        args = AsyncEngineArgs(**{**engine_args(config, model, folder, tokenizer, on_cpu), **sleep})
+        given = engine_args(config, model, folder, tokenizer, on_cpu)
+        given |= {"enable_sleep_mode": True} if can_sleep and not on_cpu else {}
+        # White space between JSON's tokens is where a small model stays until `max_tokens`.
+        structure = {"backend": "xgrammar", "disable_any_whitespace": True}
+        given["structured_outputs_config"] = StructuredOutputsConfig(
+            **{**structure, **given.get("structured_outputs_config", {})}
+        )
+        args = AsyncEngineArgs(**given)
         return InProcessBackend(args, threads) if on_cpu else AsyncBackend(args)
     except Exception as error:  # a wrong path, config, dtype, size or memory each raise their own kind
         raise _load_error(error, model.path) from error
@@ -233,7 +240,19 @@ def sampling_params(sampling: Sampling) -> Any:
         stop=list(sampling.stop),
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        structured_outputs=_structure(sampling),
         output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _structure(sampling: Sampling) -> Any:
+    """vLLM's `StructuredOutputsParams`, or None."""
+    if not sampling.choice and sampling.json_schema is None and sampling.regex is None:
+        return None
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(
+        json=sampling.json_schema, regex=sampling.regex, choice=list(sampling.choice) or None
     )
 
 

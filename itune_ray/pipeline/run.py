@@ -36,7 +36,7 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
     store = RunStore(output_root(job.run), job.name)
     metrics.in_context(run=job.name)
-    for line in receivers(job.run):
+    for line in receivers(job):
         progress.say(line)
     with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
         purse = Purse(store.folder, job.run.budget)

@@ -77,6 +77,12 @@ class Contract:
         for token, entry in zip(completion.prompt_token_ids[1:], completion.prompt_logprobs[1:], strict=True):
             assert entry[token] <= 0
 
+    def test_an_answer_is_one_of_the_choices(self):
+        asked = [chat(f"Is it {i}?", replace(SAMPLED, choice=("yes", "no"), seed=i)) for i in range(8)]
+        texts = {s.text for c in self.ask(asked) for s in c.samples}
+        assert texts <= {"yes", "no"}
+        assert texts
+
     def test_adapters_and_base_in_one_batch(self):
         one, two = self.adapters()
         prompts = [f"The little dog {i}" for i in range(4)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import resource
 import shutil
 import threading
@@ -14,6 +15,7 @@ from tiny_model import TEMPLATE, lora_folder, model_folder
 
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
 from itune_ray.engine.base import EngineDiedError, Request
+from itune_ray.engine.llm import EngineLlm
 from itune_ray.engine.vllm import LORA_SLOTS_SPARE, VllmEngine, check_head_dim, engine_args
 from itune_ray.errors import ModelError
 
@@ -113,6 +115,36 @@ def greedy_by_hf(model, ids: list[int], count: int) -> list[int]:
         while len(made) < count and not (made and made[-1] in stops):
             made.append(int(model(torch.tensor([[*ids, *made]])).logits[0, -1].argmax()))
     return made
+
+
+@pytest.mark.real
+def test_structured_answers_have_their_structure(engine, loop):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "boolean"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    shape = replace(GREEDY, max_tokens=48)
+    asked = [
+        chat("Say whether.", replace(shape, json_schema=json.dumps(schema))),
+        chat("Give a code.", replace(shape, regex="[a-c]{3}-[0-9]{2}")),
+    ]
+    as_json, code = (c.samples[0].text for c in on_loop(loop, engine.generate(asked)))
+    assert list(json.loads(as_json)) == ["n"]
+    assert re.fullmatch("[a-c]{3}-[0-9]{2}", code)
+
+
+@pytest.mark.real
+def test_a_text_is_continued_without_a_template(engine, loop):
+    llm = EngineLlm(engine, model="m", sampling=GREEDY)
+
+    async def both():
+        text = await llm.complete("Once upon", key="a")
+        return text, await llm.complete(text.prompt_token_ids, key="b")
+
+    by_text, by_tokens = on_loop(loop, both())
+    assert by_text.samples[0].text == by_tokens.samples[0].text != ""
 
 
 @pytest.mark.real

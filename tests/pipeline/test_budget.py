@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from itune_ray.config.generate import GenerateJob
 from itune_ray.config.shared import Budget, RunSettings
 from itune_ray.data.storage import Folder
 from itune_ray.errors import BudgetError
@@ -81,16 +82,20 @@ def test_a_cap_on_money_needs_prices():
         RunSettings(budget=Budget(cost=1.0))
 
 
+def job_of(run: dict) -> GenerateJob:
+    return GenerateJob(**job("any"), run=run)
+
+
 def test_every_host_that_receives_rows_is_named(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS", "ITUNE_OUTPUT"):
         monkeypatch.delenv(name, raising=False)
-    assert receivers(RunSettings(output="/data/runs")) == []
-    assert receivers(RunSettings.model_validate({"output": "/d", "ray": {"address": "127.0.0.1:6379"}})) == []
-    assert receivers(RunSettings(output="s3://bucket/runs")) == ["rows go to s3.amazonaws.com (run.output)"]
-    assert receivers(RunSettings(output="gs://bucket/runs")) == ["rows go to storage.googleapis.com (run.output)"]
+    assert receivers(job_of({"output": "/data/runs"})) == []
+    assert receivers(job_of({"output": "/d", "ray": {"address": "127.0.0.1:6379"}})) == []
+    assert receivers(job_of({"output": "s3://bucket/runs"})) == ["rows go to s3.amazonaws.com (run.output)"]
+    assert receivers(job_of({"output": "gs://bucket/runs"})) == ["rows go to storage.googleapis.com (run.output)"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio.example:9000/")
-    assert receivers(RunSettings(output="s3://bucket/runs")) == ["rows go to minio.example:9000 (run.output)"]
-    remote = RunSettings.model_validate({"output": "/d", "ray": {"address": "ray://head.example:10001"}})
+    assert receivers(job_of({"output": "s3://bucket/runs"})) == ["rows go to minio.example:9000 (run.output)"]
+    remote = job_of({"output": "/d", "ray": {"address": "ray://head.example:10001"}})
     assert receivers(remote) == ["rows go to the Ray cluster at head.example (run.ray.address or RAY_ADDRESS)"]
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert receivers(remote) == [], "a submitted driver is there already"
