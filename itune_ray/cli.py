@@ -5,6 +5,7 @@ cluster; `itune doctor` says what works on this machine.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 from itune_ray import __version__
 from itune_ray.errors import ITuneError
-from itune_ray.jobs import JOBS
+from itune_ray.jobs import JOBS, job_type
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -102,7 +103,7 @@ def _job_arguments(command: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> Any:
     from itune_ray.config.base import load_job
-    from itune_ray.jobs import job_type, resolve
+    from itune_ray.jobs import resolve
 
     return load_job(resolve(job_type(arguments.job).schema), arguments.file, arguments.overrides)
 
@@ -159,6 +160,8 @@ def _guarded(arguments: argparse.Namespace, job: Any, output: Any) -> int:
 
             store = run(arguments.job, job, progress)
             progress.say(f"finished in {time.time() - started:.1f} s  {(store.folder / 'summary.json').uri}")
+            if (result := job_type(arguments.job).result) is not None:
+                print(json.dumps(store.opened[-1].folder.read_json(result)), file=output.terminal)
             return 0
         except ITuneError as error:
             traceback.print_exc()
@@ -213,7 +216,7 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 def _keys(arguments: argparse.Namespace) -> int:
     from itune_ray.config.keys import describe
-    from itune_ray.jobs import job_type, resolve
+    from itune_ray.jobs import resolve
 
     print(describe(resolve(job_type(arguments.job).schema)))
     return 0

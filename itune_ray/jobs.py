@@ -14,6 +14,8 @@ class JobType:
     schema: str
     function: str
     help: str
+    result: str | None = None
+    """Payload of the artifact, JSON, that the command prints as its last line."""
 
 
 JOBS = {
@@ -51,6 +53,12 @@ JOBS = {
         "itune_ray.config.report:ReportJob",
         "itune_ray.report.run:run",
         "collect a run's artifacts into report.html, tables.csv and summary.json",
+    ),
+    "bench": JobType(
+        "itune_ray.config.bench:BenchJob",
+        "itune_ray.bench.run:run",
+        "measure the generate stage against bare vLLM",
+        result="bench.json",
     ),
     "pipeline": JobType(
         "itune_ray.config.pipeline:PipelineJob",
