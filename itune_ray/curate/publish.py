@@ -13,6 +13,7 @@ from itune_ray.data.artifact import Artifact
 from itune_ray.data.ledger import Funnel, funnel_of, publish_table
 from itune_ray.data.mixture import Mixture, mix_report
 from itune_ray.data.sources import SourceTable
+from itune_ray.data.yields import by_recipe
 from itune_ray.errors import DataError
 
 
@@ -33,7 +34,7 @@ def publish(
     artifact.folder.write_json("mix_report.json", mix_report(board.mixture, board.kept(), job.seed))
     _check_min_rows(job, funnel, artifact)
     sources = [{"source": t.name, "layout": t.layout, "revision": t.revision, "rows": t.rows_in} for t in tables]
-    artifact.finish(funnel=funnel.to_json(), rows=funnel.accepted, sources=sources, **facts)
+    artifact.finish(funnel=funnel.to_json(), rows=funnel.accepted, sources=sources, yields=by_recipe(table), **facts)
 
 
 def balanced(table: pa.Table, mixture: Mixture) -> Funnel:

@@ -62,6 +62,10 @@ class Artifact:
         seconds = self.manifest.get("seconds", 0.0) + time.time() - self.started
         self._write(status="complete", finished=time.time(), **{"seconds": round(seconds, 3), **facts})
 
+    def note(self, **facts: Any) -> None:
+        """Add to the manifest of a complete artifact what only the run as a whole knows."""
+        self._write(**facts)
+
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one JSON line to metrics.jsonl."""
         self.folder.append_line("metrics.jsonl", json.dumps(entry, default=float))

@@ -19,6 +19,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publish_table
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
+from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
@@ -249,6 +250,7 @@ def _finish(job: GenerateJob, artifact: Artifact, table: pa.Table, tally: Tally,
     artifact.finish(
         funnel=funnel.to_json(),
         rows=funnel.accepted,
+        yields=by_recipe(table),
         tokens={"prompt": sum(prompts.values()), "generated": sum(row["num_tokens"] or 0 for row in tokens)},
         requests=feed.requests,
         engine_starts=feed.engine_starts,

@@ -55,7 +55,14 @@ _ALL = (
     # Results.
     Metric("itune_score", "gauge", "A model's score on a benchmark.", ("stage", "model", "benchmark", "bound")),
     Metric("itune_trials", "gauge", "Trials of a sweep by how they ended.", ("stage", "ended")),
-    # Money.
+    # What rows cost.
+    Metric("itune_per_accepted_row", "gauge", "Of a finished stage.", ("stage", "job_type", "unit")),
+    Metric(
+        "itune_recipe_tokens_per_row",
+        "gauge",
+        "Tokens that a recipe generated, those of rejected rows included, per accepted row.",
+        ("stage", "job_type", "recipe"),
+    ),
     Metric("itune_cost", "gauge", "Cost of the cluster since the run began, by run.prices.", ()),
 )
 METRICS = {metric.name: metric for metric in _ALL}

@@ -7,16 +7,24 @@ from types import TracebackType
 from typing import Any, Self
 
 from itune_ray.data.artifact import Artifact
+from itune_ray.data.yields import per_accepted
 from itune_ray.observe import metrics
 from itune_ray.pipeline.budget import Purse
 
 SAMPLE_S = 10.0
 
 
-def record_stage(artifact: Artifact) -> None:
-    """Figures of a stage that has just finished; rows of `generate`, and all tokens, were counted as they came."""
+def record_stage(artifact: Artifact, cost: float | None) -> None:
+    """Figures of a stage that has just finished; rows of `generate`, and all tokens, were counted as they came.
+
+    Args:
+        artifact: The stage's; what an accepted row has cost is added to its manifest.
+        cost: Of the cluster while this attempt of the stage ran; None without prices.
+    """
     facts = artifact.manifest
     metrics.gauge("itune_stage_seconds", facts["seconds"])
+    if "yields" in facts:
+        _yields(artifact, facts, cost)
     if facts.get("funnel") and artifact.job_type != "generate":
         metrics.count_funnel(facts["funnel"])
     if artifact.job_type == "evaluate":
@@ -24,6 +32,20 @@ def record_stage(artifact: Artifact) -> None:
     if artifact.job_type == "sweep":
         for ended, number in facts["trials"].items():
             metrics.gauge("itune_trials", number, ended=ended)
+
+
+def _yields(artifact: Artifact, facts: Mapping[str, Any], cost: float | None) -> None:
+    earlier = facts.get("cost") or 0.0
+    total = None if cost is None else earlier + cost
+    tokens = facts.get("tokens") or {}
+    per_row = per_accepted(facts["rows"], facts["seconds"], sum(tokens.values()), total)
+    artifact.note(cost=total, per_accepted=per_row)
+    for unit, amount in per_row.items():
+        if amount is not None:
+            metrics.gauge("itune_per_accepted_row", amount, unit=unit)
+    for recipe, entry in facts["yields"].items():
+        if entry["tokens_per_accepted"] is not None:
+            metrics.gauge("itune_recipe_tokens_per_row", entry["tokens_per_accepted"], recipe=recipe)
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> None:

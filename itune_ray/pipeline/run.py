@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from itune_ray.config.base import sections
 from itune_ray.config.pipeline import PipelineJob
-from itune_ray.config.roles import Roles, placed
-from itune_ray.config.shared import Job, ServedModel
+from itune_ray.config.roles import placed
+from itune_ray.config.shared import Job, RunSettings, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.lock import RunLock
 from itune_ray.engine.pool import EngineHost
@@ -48,7 +48,7 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
             Meter(job.run.prices, purse),
         ):
             try:
-                _run_steps(steps, store, engines, job.run.ray.roles, progress)
+                _run_steps(steps, store, engines, job.run, purse, progress)
             except (KeyboardInterrupt, SystemExit):
                 purse.check()
                 raise
@@ -57,19 +57,26 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
     return store
 
 
-def _run_steps(steps: Sequence[Step], store: RunStore, engines: EngineHost, roles: Roles, progress: Progress) -> None:
+def _run_steps(
+    steps: Sequence[Step],
+    store: RunStore,
+    engines: EngineHost,
+    settings: RunSettings,
+    purse: Purse,
+    progress: Progress,
+) -> None:
     artifacts: dict[str, Artifact] = {}
     skipped: set[str] = set()
     for number, step in enumerate(steps, start=1):
-        job = placed(step.resolve(_paths(artifacts)), roles)
-        started = time.time()
+        job = placed(step.resolve(_paths(artifacts)), settings.ray.roles)
+        started, spent = time.time(), purse.cost
         metrics.in_context(stage=step.name, job_type=step.job)
         artifact = resolve(job_type(step.job).function)(job, store, step.name, engines, progress)
         artifacts[step.name] = artifact
         if artifact.manifest["finished"] < started:
             skipped.add(step.name)
         else:
-            record_stage(artifact)
+            record_stage(artifact, purse.cost - spent if settings.prices else None)
         verb = "skipped (finished before)" if step.name in skipped else f"done in {time.time() - started:.1f} s"
         progress.say(f"[{number}/{len(steps)}] {step.name}: {verb}  {artifact.path()}")
         write_summary(list(artifacts.values()), store, skipped)

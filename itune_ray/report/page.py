@@ -258,10 +258,27 @@ def _funnel(run: Run) -> dict[str, Any]:
             "stage": stage,
             "in": stage.funnel["in"] if stage.funnel else 0,
             "endings": [(name, number, colours[name]) for name, number in figures.endings(stage) if number],
+            "per_accepted": _per_accepted(stage),
         }
         for stage in stages
     ]
-    return {"svg": figures.funnel_figure(stages), "rows": rows}
+    return {"svg": figures.funnel_figure(stages), "rows": rows, "recipes": _recipes(stages)}
+
+
+def _per_accepted(stage: Stage) -> str:
+    """What one accepted row of a stage took, rejected ones paid for."""
+    found = stage.manifest.get("per_accepted") or {}
+    words = {"seconds": "{:.3g} s", "tokens": "{:,.0f} tokens", "cost": "{:.3g} by run.prices"}
+    return ", ".join(words[unit].format(amount) for unit, amount in found.items() if amount) or "–"
+
+
+def _recipes(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Yield by recipe, of stages whose rows come from more than one."""
+    return [
+        {"stage": stage, "rows": [{"recipe": name, **entry} for name, entry in stage.manifest["yields"].items()]}
+        for stage in stages
+        if len(stage.manifest.get("yields") or {}) > 1
+    ]
 
 
 def _mixes(run: Run) -> list[tuple[str, Any]]:
