@@ -1,8 +1,8 @@
 """Schemas of the recipes of `itune generate`, one per `type`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
@@ -79,15 +79,51 @@ class TeacherTopkConfig(RecipeBase):
 ANSWERS = SamplingConfig(temperature=0.7, top_p=0.95, max_tokens=1024)
 
 
-class SelfInstructConfig(RecipeBase):
-    """New instructions from old ones, then their answers, in rounds: D_t+1 = D_t and what is new (survey eq. 4; Wang et
-    al. 2023, methods D06 and D08). `prompts` are the seeds; `sampling` is that of the proposals."""
+UNWRITABLE = (
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+)
 
-    type: Literal["self_instruct"] = "self_instruct"
+
+class RoundsConfig(RecipeBase):
+    """What recipes that propose in rounds have: D_t+1 = D_t and what is new (survey eq. 4, methods D06). `prompts` are
+    the seeds; `sampling` is that of the proposals."""
+
     rounds: Positive = 1
-    """Each round shows instructions that the rounds before it accepted."""
+    """Against what the rounds before it accepted a candidate of a round must be new."""
     calls: Positive = 100
     """Proposals asked for per round."""
+    novelty: Fraction = 0.7
+    """A candidate whose ROUGE-L F with an instruction of the pool is above this is not new."""
+    min_words: Positive = 4
+    max_words: Positive = 150
+    """Bounds on the words of an instruction."""
+    blocked: tuple[str, ...] = UNWRITABLE
+    """Whole words or phrases that ask for what text cannot give."""
+    blocked_starts: tuple[str, ...] = ("write a program",)
+    """Openings of an instruction that are refused; letter case does not count."""
+    target: Positive | None = None
+    """Stop proposing once so many are accepted."""
+    min_acceptance: Fraction = 0.0
+    """Stop after a round that accepts a smaller share of its candidates."""
+
+
+class SelfInstructConfig(RoundsConfig):
+    """New instructions from old ones, then their answers, in rounds (Wang et al. 2023, methods D08). Each round shows
+    instructions that the rounds before it accepted."""
+
+    type: Literal["self_instruct"] = "self_instruct"
     examples: Positive = 8
     """Instructions shown per call."""
     machine_examples: Annotated[int, Field(ge=0)] = 2
@@ -96,32 +132,41 @@ class SelfInstructConfig(RecipeBase):
     """`list`: the model goes on with a numbered list; `single`: it replies with one instruction and nothing else."""
     template: str | None = None
     """A Jinja file over {{ examples }}, a list of instructions; default: the built-in one of the style."""
-    novelty: Fraction = 0.7
-    """A candidate whose ROUGE-L F with an instruction of the pool is above this is not new."""
-    min_words: Positive = 4
-    max_words: Positive = 150
-    blocked: tuple[str, ...] = (
-        "image",
-        "images",
-        "graph",
-        "graphs",
-        "picture",
-        "pictures",
-        "file",
-        "files",
-        "map",
-        "maps",
-        "draw",
-        "plot",
-        "go to",
-    )
-    """Whole words or phrases that ask for what text cannot give."""
-    target: Positive | None = None
-    """Stop proposing once so many are accepted."""
-    min_acceptance: Fraction = 0.0
-    """Stop after a round that accepts a smaller share of its candidates."""
     answer: SamplingConfig = ANSWERS
     """How the answers to accepted instructions are sampled."""
+
+
+class AlpacaConfig(RoundsConfig):
+    """Whole (instruction, input, output) triples from one call, shown seeds only (Taori et al. 2023, methods D09).
+    Seeds are rows with an answer; the first paragraph of the user turn is the instruction, the rest its input."""
+
+    machine_examples: ClassVar[int] = 0
+    """Seeds only: what the model made is never shown to it."""
+
+    type: Literal["alpaca"] = "alpaca"
+    examples: Positive = 3
+    """Triples shown per call."""
+    list_length: Positive = 20
+    """The number that the list is to end with."""
+    template: str | None = None
+    """A Jinja file over {{ examples }} (each with instruction, input and output) and {{ list_length }}. It must end
+    where the next item begins; default: the built-in one."""
+    blocked: tuple[str, ...] = (*UNWRITABLE, "video", "audio", "music", "flowchart", "diagram")
+
+    @model_validator(mode="after")
+    def _asks_for_some(self) -> "AlpacaConfig":
+        if self.list_length <= self.examples:
+            raise ValueError(f"list_length {self.list_length} leaves no task to write after {self.examples} examples")
+        return self
+
+
+class SelfInstructInstancesConfig(RecipeBase):
+    """Inputs and outputs for instructions: classification tasks by label first, others by input first (Wang et al.
+    2023, methods D08 steps 2 to 4). `sampling` is that of the instances."""
+
+    type: Literal["self_instruct_instances"] = "self_instruct_instances"
+    instances: Positive = 5
+    """Rows per instruction at most; more are drawn from."""
 
 
 EVOLVING = SamplingConfig(temperature=1.0, top_p=0.9, max_tokens=2048)
@@ -158,6 +203,13 @@ class CustomRecipeConfig(RecipeBase):
 
 
 RecipeConfig = Annotated[
-    RespondConfig | PreferenceConfig | SelfInstructConfig | TeacherTopkConfig | EvolInstructConfig | CustomRecipeConfig,
+    RespondConfig
+    | PreferenceConfig
+    | SelfInstructConfig
+    | AlpacaConfig
+    | SelfInstructInstancesConfig
+    | TeacherTopkConfig
+    | EvolInstructConfig
+    | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

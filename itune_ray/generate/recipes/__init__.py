@@ -11,6 +11,8 @@ RECIPES = {
     "preference": "itune_ray.generate.recipes.preference:Preference",
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
+    "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
+    "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
