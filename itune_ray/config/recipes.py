@@ -193,6 +193,33 @@ class EvolInstructConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+JUDGING = SamplingConfig(temperature=0.0, max_tokens=2048)
+
+
+class CompareConfig(RecipeBase):
+    """A row's answer judged against its `rejected` one in both orders (Zheng et al. 2023, methods D16)."""
+
+    type: Literal["compare"] = "compare"
+    judge: ServedModel | None = None
+    """Default: the teacher."""
+    judging: SamplingConfig = JUDGING
+    """How the judge's words are sampled."""
+    rule: Literal["conservative", "lenient"] = "conservative"
+    """What two orders come to. conservative: a win only where both name the same answer. lenient: also where one order
+    names it and the other calls a tie."""
+    keep: Annotated[tuple[Literal["win", "tie", "lose"], ...], Field(min_length=1)] = ("win", "tie", "lose")
+    """Results of the rows that are accepted; others are rejected with their result as the reason."""
+    reference: str | None = None
+    """Key of `meta` with a right answer, shown to the judge."""
+    template: str | None = None
+    """A Jinja file over {{ prompt }}, {{ first }}, {{ second }}, {{ reference }} and {{ fence }}; default: the built-in
+    one."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {} if self.judge is None else {"judge": self.judge}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -210,6 +237,7 @@ RecipeConfig = Annotated[
     | SelfInstructInstancesConfig
     | TeacherTopkConfig
     | EvolInstructConfig
+    | CompareConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

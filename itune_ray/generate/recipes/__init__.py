@@ -13,6 +13,7 @@ RECIPES = {
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
     "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
     "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
+    "compare": "itune_ray.generate.recipes.compare:Compare",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
