@@ -45,6 +45,8 @@ class JudgeScorer(Schema):
     scale: tuple[float, float] = (0, 5)
     template: str | None = None
     """See the judge filter of `curate`."""
+    reference: str | None = None
+    """Key of `meta` with a right answer that the judge measures by; its template then has {{ reference }} too."""
 
 
 Scorer = Annotated[GraderScorer | JudgeScorer, Field(discriminator="type")]
@@ -61,6 +63,21 @@ class PreferenceConfig(RecipeBase):
     """Scores must differ by more than this."""
     chosen: Literal["sample", "reference"] = "sample"
     """`reference`: where no sample is right, the row's own answer is chosen, so that hard prompts are not lost."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {"judge": self.scorer.judge} if isinstance(self.scorer, JudgeScorer) else {}
+
+
+class BestOfNConfig(RecipeBase):
+    """Rejection sampling: of n answers to a prompt the best by a grader or a judge is kept (Touvron et al. 2023)."""
+
+    type: Literal["best_of_n"] = "best_of_n"
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Answers drawn per prompt; `sampling.temperature` must be above 0."""
+    scorer: Scorer = GraderScorer()
+    min_score: float | None = None
+    """A prompt whose best answer is scored lower gives no row."""
 
     def served(self) -> dict[str, ServedModel]:
         """The judge, where there is one."""
@@ -232,6 +249,7 @@ class CustomRecipeConfig(RecipeBase):
 RecipeConfig = Annotated[
     RespondConfig
     | PreferenceConfig
+    | BestOfNConfig
     | SelfInstructConfig
     | AlpacaConfig
     | SelfInstructInstancesConfig

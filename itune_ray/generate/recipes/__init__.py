@@ -9,6 +9,7 @@ from itune_ray.generate.recipes.base import Recipe
 RECIPES = {
     "respond": "itune_ray.generate.recipes.respond:Respond",
     "preference": "itune_ray.generate.recipes.preference:Preference",
+    "best_of_n": "itune_ray.generate.recipes.best_of_n:BestOfN",
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
     "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
