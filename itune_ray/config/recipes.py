@@ -213,6 +213,27 @@ class EvolInstructConfig(RecipeBase):
 JUDGING = SamplingConfig(temperature=0.0, max_tokens=2048)
 
 
+class BacktranslationConfig(RecipeBase):
+    """The instruction that a text answers, the pair kept where it is good (Li et al. 2023, arXiv 2308.06259).
+    Inputs are texts, or rows with an answer; `sampling` is that of the instruction."""
+
+    type: Literal["backtranslation"] = "backtranslation"
+    min_score: Annotated[float, Field(ge=1, le=5)] = 4.0
+    """Pairs that are rated lower, from 1 to 5, are rejected."""
+    max_words: Positive = 2000
+    """Longer texts are rejected."""
+    system: str | None = None
+    """System message of the rows, to tell them from others in training."""
+    judge: ServedModel | None = None
+    """Who rates the pairs; default: the teacher."""
+    curation: SamplingConfig = SamplingConfig(temperature=0.0, max_tokens=512)
+    """How the ratings are sampled."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {} if self.judge is None else {"judge": self.judge}
+
+
 class CompareConfig(RecipeBase):
     """A row's answer judged against its `rejected` one in both orders (Zheng et al. 2023, methods D16)."""
 
@@ -256,6 +277,7 @@ RecipeConfig = Annotated[
     | TeacherTopkConfig
     | EvolInstructConfig
     | CompareConfig
+    | BacktranslationConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -15,6 +15,7 @@ RECIPES = {
     "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
     "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
     "compare": "itune_ray.generate.recipes.compare:Compare",
+    "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
