@@ -234,6 +234,21 @@ class BacktranslationConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+class GroundedConfig(RecipeBase):
+    """Tasks from documents, answered in new words from the document's facts (methods D18). Inputs are texts, or rows
+    with an answer."""
+
+    type: Literal["grounded"] = "grounded"
+    piece_words: Positive = 1000
+    """A longer document is cut between paragraphs."""
+    pieces: Positive = 1
+    """Pieces of a document, from its start, that a task is made of; each is a row."""
+    min_recall: Fraction = 0.6
+    """Least share of the answer's content words that the document must have."""
+    max_copied: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """An answer with so large a share of its words in one run of the document is a copy."""
+
+
 class CompareConfig(RecipeBase):
     """A row's answer judged against its `rejected` one in both orders (Zheng et al. 2023, methods D16)."""
 
@@ -278,6 +293,7 @@ RecipeConfig = Annotated[
     | EvolInstructConfig
     | CompareConfig
     | BacktranslationConfig
+    | GroundedConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -16,6 +16,7 @@ RECIPES = {
     "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
     "compare": "itune_ray.generate.recipes.compare:Compare",
     "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
+    "grounded": "itune_ray.generate.recipes.grounded:Grounded",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
