@@ -249,6 +249,33 @@ class GroundedConfig(RecipeBase):
     """An answer with so large a share of its words in one run of the document is a copy."""
 
 
+class MultiDocumentConfig(RecipeBase):
+    """Tasks that need several related documents (Liu et al. 2025, methods D19). Inputs are rows of layout
+    `documents`."""
+
+    type: Literal["multi_document"] = "multi_document"
+    samples: Positive = 1
+    """Tasks per cluster of documents."""
+    families: Annotated[tuple[Literal["general", "style", "snippets"], ...], Field(min_length=1)] = (
+        "general",
+        "style",
+        "snippets",
+    )
+    """Kinds of task, drawn with equal chances: over whole documents, in one of 384 styles, or over two related
+    passages."""
+    documents: Annotated[int, Field(ge=2)] = 10
+    """Documents of a cluster that are shown at most, drawn anew per task."""
+    leave_one_out: bool = False
+    """Ask whether all documents together answer the task and none can be left out; costs a call more per document, and
+    one."""
+    judge: ServedModel | None = None
+    """Who says so; default: the teacher."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {} if self.judge is None else {"judge": self.judge}
+
+
 class CompareConfig(RecipeBase):
     """A row's answer judged against its `rejected` one in both orders (Zheng et al. 2023, methods D16)."""
 
@@ -294,6 +321,7 @@ RecipeConfig = Annotated[
     | CompareConfig
     | BacktranslationConfig
     | GroundedConfig
+    | MultiDocumentConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -17,6 +17,7 @@ RECIPES = {
     "compare": "itune_ray.generate.recipes.compare:Compare",
     "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
     "grounded": "itune_ray.generate.recipes.grounded:Grounded",
+    "multi_document": "itune_ray.generate.recipes.multi_document:MultiDocument",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
