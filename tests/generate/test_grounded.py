@@ -10,6 +10,7 @@ from scripted import Scripted, answered, llm, prompt, run
 
 from itune_ray.config.recipes import GroundedConfig
 from itune_ray.data.records import Record
+from itune_ray.engine.base import Completion
 from itune_ray.generate.recipes.grounded import Grounded, Task, broken_task, grounding_of, parse_tagged, pieces
 
 DOCUMENT = "Bread rises because yeast eats sugar and makes gas. The gas is caught in the dough, which grows."
@@ -111,6 +112,20 @@ def test_each_piece_is_a_row_and_a_bad_one_spoils_no_other():
     outcomes = asyncio.run(Grounded(GroundedConfig(piece_words=18, pieces=2))(row, llm(engine)))
     assert [(o.status, o.reason) for o in outcomes] == [("accepted", None), ("rejected", "unparsable")]
     assert len({o.record.key for o in outcomes}) == 2
+
+
+def test_a_piece_that_is_too_long_for_the_model_spoils_no_other():
+    class Narrow(Scripted):
+        def _complete(self, request):
+            if "Owls" in request.messages[-1]["content"]:
+                return Completion(id=request.id, error="prompt_too_long: 9 tokens, max_model_len 8")
+            return super()._complete(request)
+
+    row = Record(source="web", position=1, text=f"{DOCUMENT}\n\nOwls hunt.")
+    engine = Narrow(lambda turn, index: reply())
+    outcomes = asyncio.run(Grounded(GroundedConfig(piece_words=18, pieces=2))(row, llm(engine)))
+    assert [(o.status, o.reason) for o in outcomes] == [("accepted", None), ("rejected", "prompt_too_long")]
+    assert outcomes[1].raw == "prompt_too_long: 9 tokens, max_model_len 8"
 
 
 def test_an_answer_is_a_document_and_a_prompt_is_none():

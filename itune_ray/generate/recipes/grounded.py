@@ -80,9 +80,7 @@ class Grounded(Chain):
             try:
                 outcomes.append(await self._task(piece, index, calls))
             except EndedError as end:
-                if end.failed is not None:
-                    raise
-                outcomes.append(calls.rejected(end.reason, index, raw=end.raw))
+                outcomes.append(calls.ended(end, index))
         return outcomes
 
     async def _task(self, piece: str, index: int, calls: Calls) -> Outcome:

@@ -128,9 +128,7 @@ class MultiDocument(Chain):
             try:
                 outcomes.append(await self._task(row, documents, index, calls))
             except EndedError as end:
-                if end.failed is not None:
-                    raise
-                outcomes.append(calls.rejected(end.reason, index, raw=end.raw))
+                outcomes.append(calls.ended(end, index))
         return outcomes
 
     async def _task(self, row: Record, documents: list[str], index: int, calls: Calls) -> Outcome:

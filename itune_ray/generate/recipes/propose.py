@@ -57,7 +57,7 @@ class Proposer(ABC):
     """First part of the keys of made rows; the second is the call, the third the item of its reply."""
     seeds = "rows with a user turn"
     """What can be shown."""
-    version = 1
+    version = 2
     requires: tuple[str, ...] = ("messages",)
     provides: tuple[str, ...] = ("messages", "model", "sampling", "seed")
     rows_per_input = None
@@ -144,7 +144,7 @@ class Proposer(ABC):
             "too_long": words > config.max_words,
             "blocked_word": self._blocked is not None and self._blocked.search(text) is not None,
             "blocked_start": text.lower().startswith(self._starts),
-            "odd_start": not (text[:1].isalnum() or text[:1] in "\"'(¿¡"),
+            "odd_start": not (text[:1].isalnum() or text[:1] in "¿¡"),
         }
         return next((reason for reason, failed in checks.items() if failed), None)
 
