@@ -21,7 +21,9 @@ class FileSource(Schema):
     type: Literal["file"] = "file"
     path: str
     """A file, a folder of files, or a URI (s3://, gs://); in a pipeline also `step://NAME/PAYLOAD`."""
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
+    format: Literal[
+        "auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"
+    ] = "auto"
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
     """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
@@ -56,7 +58,9 @@ class HubSource(Schema):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
+    format: Literal[
+        "auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"
+    ] = "auto"
     name: str | None = None
     limit: Positive | None = None
     max_row_bytes: Positive = 16 * 2**20

@@ -9,6 +9,7 @@
 | preference | `chosen`, `rejected`; optional `prompt`, `system`: texts, "Human:/Assistant:" transcripts or messages |
 | prompt | `prompt` or `instruction` alone; optional `input` or `context`, `system` |
 | text | `text`, to be modelled whole |
+| documents | `documents`: [text, ...] that belong together; kept in `meta`, and joined as a text |
 
 All other columns travel in `meta`. A row that cannot be used is quarantined with a reason and its raw form; it never
 ends the reading. In a source where some rows have an answer, a row without one is a fault (`no_answer`); where none
@@ -26,7 +27,7 @@ from itune_ray.data.records import Message, Record
 from itune_ray.data.transcripts import transcript_turns
 from itune_ray.errors import DataError
 
-Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"]
+Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"]
 Turn = tuple[Any, Any]
 """(role, content) before either was checked."""
 
@@ -78,11 +79,13 @@ def detect(columns: Iterable[str]) -> Layout:
         return "alpaca" if found & set(ANSWER) else "prompt"
     if "text" in found:
         return "text"
+    if "documents" in found:
+        return "documents"
     raise DataError(
         "no row layout fits these columns",
         got=", ".join(sorted(found)) or "no columns",
         allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), "
-        "preference (chosen, rejected), prompt, text",
+        "preference (chosen, rejected), prompt, text, documents",
         knob="format",
     )
 
@@ -207,6 +210,16 @@ def _from_text(row: Mapping[str, Any]) -> Record:
     return Record(source="", position=0, text=text, meta=_meta(row, {"text"}))
 
 
+def _from_documents(row: Mapping[str, Any]) -> Record:
+    documents = row.get("documents")
+    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
+        raise BadRowError("bad_row")
+    kept = [document for document in documents if document.strip()]
+    if not kept:
+        raise BadRowError("empty_text")
+    return Record(source="", position=0, text="\n\n".join(kept), meta={**_meta(row, set()), "documents": kept})
+
+
 _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "records": _from_records,
     "messages": _from_messages,
@@ -215,6 +228,7 @@ _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "preference": _from_preference,
     "prompt": _from_prompt,
     "text": _from_text,
+    "documents": _from_documents,
 }
 
 

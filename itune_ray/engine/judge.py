@@ -10,6 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.config.base import digest
+from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
 from itune_ray.errors import ConfigError
 
@@ -64,15 +65,23 @@ class Judge:
         scale: Lowest and highest score.
         template: A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}:
             the last is a word made from both texts, so that none can hold the marks it makes. Default: the built-in.
+        guided: Whether answers are measured by a right one: the template then has {{ reference }} too.
     """
 
     version = 2
 
-    def __init__(self, dimension: str = "accuracy", scale: tuple[float, float] = (0, 5), template: str | None = None):
+    def __init__(
+        self,
+        dimension: str = "accuracy",
+        scale: tuple[float, float] = (0, 5),
+        template: str | None = None,
+        guided: bool = False,
+    ):
         self._dimension, (self._low, self._high) = dimension, scale
-        self.template = _read(template)
+        self._guided = guided
+        self.template = _read(template, "judge_reference.jinja" if guided else "judge.jinja")
 
-    async def score(self, llm: Llm, prompt: str, response: str, key: str) -> Judgement:
+    async def score(self, llm: Llm, prompt: str, response: str, key: str, reference: str | None = None) -> Judgement:
         """Ask the model once.
 
         Args:
@@ -80,8 +89,9 @@ class Judge:
             prompt: The instruction, as text.
             response: The answer to rate.
             key: Names the call; decides its seed.
+            reference: A right answer, for a guided judge.
         """
-        completion = await llm.generate(self.messages(prompt, response), key=key)
+        completion = await llm.generate(self.messages(prompt, response, reference), key=key)
         if completion.error is not None:
             return Judgement(score=math.nan, error=completion.error, retryable=completion.retryable)
         sample = completion.samples[0]
@@ -90,8 +100,12 @@ class Judge:
             score=math.nan if score is None else score, reply=sample.text, num_tokens=len(sample.token_ids)
         )
 
-    def messages(self, prompt: str, response: str) -> tuple[dict[str, str], ...]:
+    def messages(self, prompt: str, response: str, reference: str | None = None) -> tuple[dict[str, str], ...]:
         """The chat that the judge is asked."""
+        if self._guided != (reference is not None):
+            raise ValueError("a guided judge needs a reference, and no other judge reads one")
+        texts = [prompt, response] if reference is None else [prompt, response, reference]
+        guide = {"reference": reference} if self._guided else {}
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
         asked = environment.from_string(self.template).render(
             prompt=prompt,
@@ -99,9 +113,18 @@ class Judge:
             dimension=self._dimension,
             low=f"{self._low:g}",
             high=f"{self._high:g}",
-            fence=digest([prompt, response], length=12),
+            fence=digest(texts, length=12),
+            **guide,
         )
         return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": asked})
+
+
+def prompt_text(record: Record) -> str:
+    """The prompt as the judge reads it: the user's words, or the whole talk with its roles when there is more."""
+    turns = [m for m in record.prompt if m["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in record.prompt)
 
 
 PLANTED = (
@@ -117,9 +140,9 @@ def planted(response: str, number: int, high: float) -> str:
     return response + PLANTED[number % len(PLANTED)].format(high=f"{high:g}")
 
 
-def _read(template: str | None) -> str:
+def _read(template: str | None, builtin: str) -> str:
     if template is None:
-        return (resources.files("itune_ray.engine") / "judge.jinja").read_text(encoding="utf-8")
+        return (resources.files("itune_ray.engine") / builtin).read_text(encoding="utf-8")
     if not Path(template).is_file():
         raise ConfigError("no such template file", got=template, allowed="a Jinja file", knob="judge.template")
     return Path(template).read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 A round's calls stream through the workers like any inputs and settle in a ledger of their own. What is new among their
 candidates is then decided here, one after another in the order of (call, item): a pure function of the settled rows, so
 neither workers nor a kill change it, and equal to the sequential algorithm, since the pool only grows. The next round
-shows what this one accepted. Accepted instructions are answered at the end.
+shows what this one accepted. Accepted instructions that brought no answer are answered at the end.
 """
 
 import dataclasses
@@ -21,13 +21,11 @@ from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, drive
 from itune_ray.generate.novelty import Tokens, nearest, tokens_of
-from itune_ray.generate.recipes.base import Recipe, last_user_turn
-from itune_ray.generate.recipes.propose import Propose
+from itune_ray.generate.recipes import load_recipe
+from itune_ray.generate.recipes.base import Recipe
+from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.recipes.respond import Respond
 from itune_ray.observe.progress import Progress
-
-SOURCE = "self-instruct"
-"""First part of the keys of made instructions; the second is the call, the third the item of its reply."""
 
 StreamOf = Callable[[Recipe, SamplingConfig], Stream]
 """How a recipe runs over inputs."""
@@ -51,8 +49,8 @@ class SelfInstruct:
     """Runs the rounds of a job.
 
     Args:
-        job: Its recipe is a `SelfInstructConfig`.
-        seeds: Rows whose last user turn is a seed instruction.
+        job: Its recipe is one that proposes: self_instruct or alpaca.
+        seeds: Rows that the recipe can show.
         folder: Where the ledgers of the rounds are.
         stream_of: Runs a recipe over inputs.
         progress: Gets one bar per round and one for the answers.
@@ -61,16 +59,15 @@ class SelfInstruct:
     def __init__(
         self, job: GenerateJob, seeds: Sequence[Record], folder: Folder, stream_of: StreamOf, progress: Progress
     ):
-        assert isinstance(job.recipe, SelfInstructConfig)
-        self._job, self._config, self._folder = job, job.recipe, folder
-        self._stream_of, self._progress, self._recipe = stream_of, progress, Propose(job.recipe)
-        self._seeds = [(seed.key, text) for seed in seeds if (text := last_user_turn(seed.prompt)) is not None]
+        recipe = load_recipe(job.recipe)
+        assert isinstance(recipe, Proposer)
+        self._job, self._config, self._folder = job, recipe.config, folder
+        self._stream_of, self._progress, self._recipe = stream_of, progress, recipe
+        self._seeds = [seed for seed in seeds if recipe.instruction(seed)]
         if not self._seeds:
-            raise DataError("self_instruct has no seed instruction", allowed="rows with a user turn", knob="prompts")
-        self._pool: list[Tokens] = [tokens_of(text) for _, text in self._seeds]
-        self.made: list[Record] = []
-        """Accepted instructions so far."""
-        self._scores: dict[str, float] = {}
+            raise DataError(f"{recipe.name} has no seed instruction", allowed=recipe.seeds, knob="prompts")
+        self._pool: list[Tokens] = [self._tokens(seed) for seed in self._seeds]
+        self._accepted: dict[str, Outcome] = {}
         self.rounds: list[Round] = []
         self.tally = Tally()
 
@@ -89,9 +86,8 @@ class SelfInstruct:
         self._drive(calls, ledger, self._recipe.against(self._pool), self._job.sampling, f"propose {number}")
         outcomes = settled(ledger)
         fresh, ended = self._committed(outcomes, number)
-        self.made += [outcome.record for outcome in fresh]
-        self._scores |= {outcome.record.key: outcome.score for outcome in fresh}
-        self._pool += [tokens_of(_text(outcome.record)) for outcome in fresh]
+        self._accepted |= {outcome.record.key: outcome for outcome in fresh}
+        self._pool += [self._tokens(outcome.record) for outcome in fresh]
         scores = [outcome.score for outcome in fresh]
         self.rounds.append(
             Round(
@@ -116,7 +112,7 @@ class SelfInstruct:
             if outcome.status != "accepted":
                 ended.append(outcome)
                 continue
-            tokens = tokens_of(_text(record))
+            tokens = self._tokens(record)
             found = nearest(tokens, added, self._config.novelty)
             outcome = dataclasses.replace(outcome, score=max(outcome.score, found.score))
             if found.is_near:
@@ -130,36 +126,37 @@ class SelfInstruct:
         """Inputs of a round: each shows examples drawn by its own generator, the machine's among them once there are
         enough."""
         config, first = self._config, (number - 1) * self._config.calls
-        machine = [(record.key, _text(record)) for record in self.made]
+        machine = [outcome.record for outcome in self._accepted.values()]
         calls: list[Record] = []
         for position in range(first, first + config.calls):
-            rng = row_rng(self._job.seed, "generate.self_instruct", str(position), number)
+            rng = row_rng(self._job.seed, f"generate.{config.type}", str(position), number)
             own = config.machine_examples if len(machine) >= config.machine_examples else 0
             shown = rng.sample(machine, min(own, config.examples))
             shown += rng.sample(self._seeds, min(config.examples - len(shown), len(self._seeds)))
             rng.shuffle(shown)
-            turn = {"role": "user", "content": self._recipe.asked([text for _, text in shown])}
-            parents = tuple(key for key, _ in shown)
-            calls.append(Record(source=SOURCE, position=position, messages=(turn,), parents=parents, round=number))
+            turn = {"role": "user", "content": self._recipe.asked(shown)}
+            call = Record(source=self._recipe.source, position=position, messages=(turn,), round=number)
+            calls.append(dataclasses.replace(call, parents=tuple(row.key for row in shown)))
         return calls
 
     def _enough(self) -> bool:
         last, target = self.rounds[-1], self._config.target
-        reached = target is not None and len(self.made) >= target
+        reached = target is not None and len(self._accepted) >= target
         return reached or last.accepted < self._config.min_acceptance * last.proposed
 
     def _answers(self) -> list[Outcome]:
         """Outcomes of the accepted instructions, answered; their parents are the instructions that inspired them."""
-        if not self.made:
-            return []
-        ledger, made = Ledger(self._folder / "answers"), {record.key: record for record in self.made}
-        inputs = [dataclasses.replace(r, num_prompt_tokens=None, num_tokens=None) for r in self.made]
+        brought = [outcome for outcome in self._accepted.values() if outcome.record.response is not None]
+        asked = [outcome.record for outcome in self._accepted.values() if outcome.record.response is None]
+        rows = [_inspired(outcome, outcome, self._recipe.name) for outcome in brought]
+        if not asked:
+            return rows
+        assert isinstance(self._config, SelfInstructConfig)
+        ledger = Ledger(self._folder / "answers")
+        inputs = [dataclasses.replace(r, num_prompt_tokens=None, num_tokens=None) for r in asked]
         self._drive(inputs, ledger, Respond(RespondConfig()), self._config.answer, "answer")
         check_conserved(ledger, len(inputs), 0, 1)
-        return [
-            dataclasses.replace(_inspired(outcome, made[outcome.input_key]), score=self._scores[outcome.input_key])
-            for outcome in settled(ledger)
-        ]
+        return rows + [_inspired(o, self._accepted[o.input_key], self._recipe.name) for o in settled(ledger)]
 
     def _drive(
         self, inputs: Sequence[Record], ledger: Ledger, recipe: Recipe, sampling: SamplingConfig, name: str
@@ -176,6 +173,9 @@ class SelfInstruct:
             )
         self.tally.inputs += tally.inputs
 
+    def _tokens(self, record: Record) -> Tokens:
+        return tokens_of(self._recipe.instruction(record) or "")
+
     def facts(self) -> list[dict[str, Any]]:
         """The rounds, for the manifest."""
         return [asdict(done) for done in self.rounds]
@@ -187,12 +187,8 @@ def settled(ledger: Ledger) -> list[Outcome]:
     return sorted(outcomes, key=lambda o: (o.record.position, o.record.sample))
 
 
-def _text(record: Record) -> str:
-    return record.messages[-1]["content"]
-
-
-def _inspired(outcome: Outcome, instruction: Record) -> Outcome:
-    record = dataclasses.replace(
-        outcome.record, parents=instruction.parents, recipe="self_instruct", round=instruction.round
-    )
-    return dataclasses.replace(outcome, record=record)
+def _inspired(outcome: Outcome, instruction: Outcome, recipe: str) -> Outcome:
+    """An answered row with the score, parents and round of its instruction."""
+    made = instruction.record
+    record = dataclasses.replace(outcome.record, parents=made.parents, recipe=recipe, round=made.round)
+    return dataclasses.replace(outcome, record=record, score=instruction.score)

@@ -27,7 +27,7 @@ from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe, recipe_identity
-from itune_ray.generate.recipes.propose import Propose
+from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.rounds import SelfInstruct
 from itune_ray.generate.worker import RecipeWorker, unpack
 from itune_ray.observe.progress import Progress
@@ -55,7 +55,7 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
         return artifact
     records, quarantined = _read(job, progress)
     feed = _Feed(job, engines, progress)
-    if isinstance(recipe, Propose):
+    if isinstance(recipe, Proposer):
         _run_rounds(job, artifact, records, quarantined, feed, progress)
         return artifact
     ledger = Ledger(artifact.folder / "ledger")

@@ -47,6 +47,7 @@ def reasons_of(rows: list[dict[str, Any] | None], layout) -> list[tuple[str, str
         (["prompt", "id"], "prompt"),
         (["instruction", "input"], "prompt"),
         (["text"], "text"),
+        (["documents", "summary"], "documents"),
         (["key", "source", "position", "messages", "text"], "records"),
     ],
 )
@@ -117,6 +118,12 @@ def test_prompt_rows_drop_known_columns_only():
     assert record.meta == {"output": "not mine"}
 
 
+def test_documents_stay_a_list_and_are_a_text_together():
+    ((record,), _) = parse([RawRow(0, {"documents": ["a", " ", "b"], "topic": "t"})], "s", "documents")
+    assert record.meta == {"documents": ["a", "b"], "topic": "t"}
+    assert (record.text, record.messages) == ("a\n\nb", ())
+
+
 def test_text_rows_have_no_messages():
     (record,), _ = parse([RawRow(0, {"text": "abc", "meta": {"lang": "fr"}})], "s", "text")
     assert (record.text, record.messages, record.meta) == ("abc", (), {"lang": "fr"})
@@ -152,6 +159,9 @@ def test_text_rows_have_no_messages():
         ("messages", {"messages": [{"role": "user"}]}, "bad_row"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "hi"}]}, "bad_roles"),
         ("sharegpt", {"conversations": None}, "bad_row"),
+        ("documents", {"documents": "one text"}, "bad_row"),
+        ("documents", {"documents": ["a", 1]}, "bad_row"),
+        ("documents", {"documents": [" "]}, "empty_text"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": None}, "no_pair"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": " "}, "no_pair"),
         ("preference", {"prompt": "q", "chosen": None, "rejected": "b"}, "no_answer"),
@@ -176,6 +186,7 @@ def test_unusable_rows_are_quarantined_with_a_reason(layout, row, reason):
         "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
         "prompt": {"prompt": "q"},
         "text": {"text": "t"},
+        "documents": {"documents": ["t"]},
         "records": {"source": "s", "position": 9, "text": "t"},
     }[layout]
     assert reasons_of([good, row, good | {"position": 8} if layout == "records" else good], layout) == [

@@ -93,6 +93,20 @@ def test_an_engine_error_is_no_score():
     assert (judgement.error, judgement.retryable) == ("replica lost", True)
 
 
+def test_a_guided_judge_sees_the_right_answer():
+    engine = Replies(text("5"))
+    llm = EngineLlm(engine, model="judge", sampling=Sampling())
+    judge = Judge(guided=True)
+    judgement = asyncio.run(judge.score(llm, "What is 2 + 2?", "four", key="k", reference="It is 4."))
+    assert judgement.score == 5
+    asked = engine.asked[0].messages[-1]["content"]
+    assert asked.index("What is 2 + 2?") < asked.index("It is 4.") < asked.index("\nfour\n")
+    with pytest.raises(ValueError, match="needs a reference"):
+        judge.messages("q", "a")
+    with pytest.raises(ValueError, match="no other judge"):
+        Judge().messages("q", "a", "r")
+
+
 def test_own_template(tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ response }} for {{ prompt }} in [{{ low }}, {{ high }}]?")
     _, engine = rate(text("1"), template=str(tmp_path / "mine.jinja"), scale=(1, 10))

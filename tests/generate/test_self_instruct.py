@@ -1,11 +1,13 @@
 """Self-Instruct: parsing, filters and novelty by known answers; rounds that nothing can change."""
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from conftest import public_data
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import SelfInstructConfig
@@ -105,6 +107,23 @@ def test_a_list_is_parsed_and_each_item_ends_with_its_reason():
     )
     assert outcomes[5].record.messages[-1]["content"] == "Compare two novels you like."
     assert [o.record.key for o in outcomes] == [f"seeds:0:{i}" for i in range(6)]
+
+
+def test_the_published_reply_gives_the_published_instruction():
+    case = json.loads(public_data("methods/data_fixtures.json").read_text())["D08"]["instruction_parse"]
+    outcomes = proposals(SelfInstructConfig(), case["completion"])
+    kept = [o.record.messages[-1]["content"] for o in outcomes if o.status == "accepted"]
+    assert kept == case["ours_stop"]
+    assert [o.reason for o in outcomes] == [
+        None,
+        "too_short",
+        "blocked_start",
+        "blocked_word",
+        "odd_start",
+        "blocked_word",
+        "too_short",
+    ]
+    assert [o.reason for o in proposals(SelfInstructConfig(), case["completion"], "length")] == ["truncated"]
 
 
 def test_a_cut_reply_is_discarded_whole_and_an_empty_one_is_unparsable():

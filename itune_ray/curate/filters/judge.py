@@ -12,7 +12,7 @@ from itune_ray.data.fingerprint import content_identity
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
-from itune_ray.engine.judge import Judge, planted
+from itune_ray.engine.judge import Judge, planted, prompt_text
 from itune_ray.errors import GenerationError
 
 MAX_ATTEMPTS = 3
@@ -93,11 +93,3 @@ class JudgeFilter(Filter):
                 allowed=f"at most {self.config.max_parse_fail}",
                 knob="filters.N.max_parse_fail or filters.N.template",
             )
-
-
-def prompt_text(record: Record) -> str:
-    """The prompt as the judge reads it: the user's words, or the whole talk with its roles when there is more."""
-    turns = [m for m in record.prompt if m["role"] != "system"]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in record.prompt)

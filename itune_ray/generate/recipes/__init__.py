@@ -9,8 +9,15 @@ from itune_ray.generate.recipes.base import Recipe
 RECIPES = {
     "respond": "itune_ray.generate.recipes.respond:Respond",
     "preference": "itune_ray.generate.recipes.preference:Preference",
+    "best_of_n": "itune_ray.generate.recipes.best_of_n:BestOfN",
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
+    "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
+    "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
+    "compare": "itune_ray.generate.recipes.compare:Compare",
+    "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
+    "grounded": "itune_ray.generate.recipes.grounded:Grounded",
+    "multi_document": "itune_ray.generate.recipes.multi_document:MultiDocument",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""

@@ -117,6 +117,11 @@ def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
     return last["content"] if last and last["role"] == "user" and last["content"].strip() else None
 
 
+def task_turn(instruction: str, input: str) -> str:
+    """The user turn of a task: the instruction, a blank line and its input, where it has one."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> jinja2.Template:
     template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)

@@ -157,6 +157,15 @@ class Calls:
         record = self._numbered(index, fields)
         return Outcome(record=record, input_key=self.row.key, status="rejected", reason=reason, raw=raw, score=score)
 
+    def ended(self, end: EndedError, index: int = 0, **fields: Any) -> Outcome:
+        """Row `index` rejected by what ended it, while other rows of the input go on; raises `end` again where another
+        attempt at the input may mend it."""
+        if end.failed is None:
+            return self.rejected(end.reason, index, raw=end.raw, **fields)
+        if end.failed.retryable:
+            raise end
+        return self.rejected(end.reason.split(":", 1)[0], index, raw=end.reason, **fields)
+
     def _numbered(self, index: int, fields: Mapping[str, Any]) -> Record:
         return dataclasses.replace(numbered(self.draft, self.row, index, self._most_rows), **fields)
 

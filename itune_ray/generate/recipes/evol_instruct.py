@@ -28,7 +28,7 @@ SCAFFOLD = re.compile(r"</?(?:task|first|second)>|\b(?:new|given|original|rewrit
 TALK = re.compile(r"\b(?:as an ai|ai assistant|how can i (?:assist|help))\b", re.IGNORECASE)
 APOLOGY, APOLOGY_WORDS = re.compile(r"\bsorry\b", re.IGNORECASE), 80
 _WORD = re.compile(r"[^\W_]+")
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     _WORD.findall(
         "a an and are as at be but by can do for from has have i if in is it its no not of on or our so that the their "
         "them there they this to was we were what which will with would yes you your"
@@ -121,7 +121,7 @@ def broken_answer(task: str, answer: str) -> str | None:
     if APOLOGY.search(answer) and len(answer.split()) < APOLOGY_WORDS and not APOLOGY.search(task):
         return "apology"
     words = _WORD.findall(answer.lower())
-    return "no_content" if all(word in _STOP_WORDS for word in words) else None
+    return "no_content" if all(word in STOP_WORDS for word in words) else None
 
 
 def parse_equal(reply: str) -> bool | None:

@@ -1,66 +1,106 @@
-"""The proposing half of Self-Instruct: one call shows instructions and parses new ones out of the reply."""
+"""Recipes that propose in rounds: one call shows tasks and parses new ones out of the reply; and Self-Instruct's."""
 
+import copy
 import dataclasses
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from itune_ray.config.recipes import SelfInstructConfig
+from itune_ray.config.recipes import AlpacaConfig, SelfInstructConfig
 from itune_ray.data.ledger import Outcome
-from itune_ray.data.records import Record
+from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Llm
 from itune_ray.generate.novelty import Tokens, nearest, tokens_of
-from itune_ray.generate.recipes.base import builtin_prompt, from_error, read_prompt, refused, render
+from itune_ray.generate.recipes.base import (
+    builtin_prompt,
+    from_error,
+    last_user_turn,
+    read_prompt,
+    refused,
+    render,
+)
 from itune_ray.generate.recipes.respond import recorded
 
 _NUMBER = re.compile(r"(?:^|\n)\s*\d+\s?[.)]\s*")
 _SPACE = re.compile(r"\s+")
 
 
-class Propose:
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One item of a reply."""
+
+    messages: tuple[Message, ...] = ()
+    """The user turn, with an answer where the item brings its own."""
+    broken: str | None = None
+    """Why the item could not be read."""
+    raw: str | None = None
+    """The item as it came, where it could not be read."""
+
+
+class Proposer(ABC):
     """Candidates of one call, each accepted (new against the frozen pool) or rejected with its reason.
 
-    Novelty among the candidates of a round is decided by the
-    driver, in order; here each is only compared with what was accepted before the round.
+    Novelty among the candidates of a round is decided by the driver, in order; here each is only compared with what was
+    accepted before the round.
 
     Args:
-        config: Styles, filters and the novelty threshold.
+        config: Filters and the novelty threshold.
+        template: Shows the examples.
         pool: Tokens of every instruction accepted so far, seeds included.
     """
 
-    version = 1
+    name: str
+    source: str
+    """First part of the keys of made rows; the second is the call, the third the item of its reply."""
+    seeds = "rows with a user turn"
+    """What can be shown."""
+    version = 2
     requires: tuple[str, ...] = ("messages",)
     provides: tuple[str, ...] = ("messages", "model", "sampling", "seed")
     rows_per_input = None
 
-    def __init__(self, config: SelfInstructConfig, pool: Sequence[Tokens] = ()):
-        self._config, self._pool = config, tuple(pool)
-        own = config.template
-        self._template = (
-            read_prompt(own, "recipe.template") if own else builtin_prompt("self_instruct", f"{config.style}.jinja")
-        )
+    def __init__(self, config: SelfInstructConfig | AlpacaConfig, template: str, pool: Sequence[Tokens] = ()):
+        self.config, self._template, self._pool = config, template, tuple(pool)
         blocked = "|".join(re.escape(word) for word in config.blocked)
         self._blocked = re.compile(rf"(?i)(?<!\w)(?:{blocked})(?!\w)") if blocked else None
+        self._starts = tuple(start.lower() for start in config.blocked_starts)
+
+    def against(self, pool: Sequence[Tokens]) -> "Proposer":
+        """The same recipe for a round with this frozen pool."""
+        bound = copy.copy(self)
+        bound._pool = tuple(pool)
+        return bound
 
     @property
+    @abstractmethod
     def prompts(self) -> Mapping[str, str]:
-        """The template that shows the examples, and the one that asks for answers."""
-        return {"propose": self._template, "answer": builtin_prompt("respond", "user.jinja")}
+        """See `itune_ray.generate.recipes.base.Recipe`."""
 
-    def against(self, pool: Sequence[Tokens]) -> "Propose":
-        """The same recipe for a round with this frozen pool."""
-        return Propose(self._config, pool)
+    @abstractmethod
+    def instruction(self, row: Record) -> str | None:
+        """The text that must be new; None where the row cannot be a seed."""
 
-    def asked(self, examples: Sequence[str]) -> str:
-        """The user turn that shows these examples."""
-        return render(self._template, examples=list(examples)).strip()
+    @abstractmethod
+    def asked(self, examples: Sequence[Record]) -> str:
+        """The user turn that shows these rows."""
+
+    @abstractmethod
+    def candidates(self, reply: str, is_cut: bool) -> list[Candidate]:
+        """The items of a reply, in order; none where there is nothing to read.
+
+        Args:
+            reply: The model's words.
+            is_cut: Whether they end at `max_tokens`.
+        """
 
     async def __call__(self, row: Record, llm: Llm) -> list[Outcome]:
         """Every candidate of one call."""
         draft = dataclasses.replace(
             row,
-            recipe="self_instruct.propose",
+            recipe=f"{self.name}.propose",
             model=llm.model,
             sampling=recorded(llm.sampling),
             seed=llm.seed(row.key),
@@ -75,35 +115,69 @@ class Propose:
             num_prompt_tokens=len(completion.prompt_token_ids),
             num_tokens=len(sample.token_ids),
         )
-        if sample.finish_reason == "length":
-            return refused(draft, row, "truncated", raw=sample.text)
-        candidates = parse(sample.text, self._config.style)
+        is_cut = sample.finish_reason == "length"
+        candidates = self.candidates(sample.text, is_cut)
         if not candidates:
-            return refused(draft, row, "unparsable", raw=sample.text)
-        return [self._outcome(draft, row, index, text) for index, text in enumerate(candidates)]
+            return refused(draft, row, "truncated" if is_cut else "unparsable", raw=sample.text)
+        return [self._outcome(draft, row, index, candidate) for index, candidate in enumerate(candidates)]
 
-    def _outcome(self, draft: Record, row: Record, index: int, text: str) -> Outcome:
-        record = dataclasses.replace(draft, sample=index, messages=({"role": "user", "content": text},))
+    def _outcome(self, draft: Record, row: Record, index: int, candidate: Candidate) -> Outcome:
+        record = dataclasses.replace(draft, sample=index, messages=candidate.messages or draft.messages)
         if index:  # the call's tokens are counted once
             record = dataclasses.replace(record, num_prompt_tokens=None, num_tokens=None)
-        reason, score = self._refusal(text), math.nan
+        reason, score = candidate.broken, math.nan
         if reason is None:
-            found = nearest(tokens_of(text), self._pool, self._config.novelty)
-            reason, score = ("not_novel" if found.is_near else None), found.score
+            text = self.instruction(record) or ""
+            reason = self._refusal(text)
+            if reason is None:
+                found = nearest(tokens_of(text), self._pool, self.config.novelty)
+                reason, score = ("not_novel" if found.is_near else None), found.score
         status = "accepted" if reason is None else "rejected"
-        return Outcome(record=record, input_key=row.key, status=status, reason=reason, score=score)
+        return Outcome(record=record, input_key=row.key, status=status, reason=reason, score=score, raw=candidate.raw)
 
     def _refusal(self, text: str) -> str | None:
         """Why a candidate is no usable instruction (methods D08, step 1)."""
-        config, words = self._config, len(text.split())
+        config, words = self.config, len(text.split())
         checks: dict[str, Any] = {
             "empty": not words,
             "too_short": words < config.min_words,
             "too_long": words > config.max_words,
             "blocked_word": self._blocked is not None and self._blocked.search(text) is not None,
-            "odd_start": not (text[:1].isalnum() or text[:1] in "\"'(¿¡"),
+            "blocked_start": text.lower().startswith(self._starts),
+            "odd_start": not (text[:1].isalnum() or text[:1] in "¿¡"),
         }
         return next((reason for reason, failed in checks.items() if failed), None)
+
+
+class Propose(Proposer):
+    """The proposing half of Self-Instruct: instructions alone, answered when the rounds are over (methods D08)."""
+
+    name = "self_instruct"
+    source = "self-instruct"
+
+    def __init__(self, config: SelfInstructConfig, pool: Sequence[Tokens] = ()):
+        self._style = config.style
+        own = config.template
+        template = read_prompt(own, "recipe.template") if own else builtin_prompt(self.name, f"{config.style}.jinja")
+        super().__init__(config, template, pool)
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """The template that shows the examples, and the one that asks for answers."""
+        return {"propose": self._template, "answer": builtin_prompt("respond", "user.jinja")}
+
+    def instruction(self, row: Record) -> str | None:
+        """The last user turn."""
+        return last_user_turn(row.prompt)
+
+    def asked(self, examples: Sequence[Record]) -> str:
+        """The user turn that shows these instructions."""
+        return render(self._template, examples=[self.instruction(row) for row in examples]).strip()
+
+    def candidates(self, reply: str, is_cut: bool) -> list[Candidate]:
+        """Instructions; a reply that was cut is discarded whole."""
+        texts = [] if is_cut else parse(reply, self._style)
+        return [Candidate(({"role": "user", "content": text},)) for text in texts]
 
 
 def parse(reply: str, style: str) -> list[str]:
