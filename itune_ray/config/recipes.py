@@ -148,6 +148,30 @@ class EvolInstructConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+class MosaicConfig(RecipeBase):
+    """Several rows as one, under rule-made meta-instructions on format, order and what to leave out; no model is asked
+    (Li et al. 2024, survey eq. 28-30, methods D21). `prompts` are rows of one user turn with its answer; of `teacher`
+    only the tokenizer is used, to count."""
+
+    type: Literal["mosaic"] = "mosaic"
+    epochs: Positive = 4
+    """Passes over the rows, each shuffled and grouped anew."""
+    grouping: Literal["uniform", "fixed", "fill", "exponential", "pareto", "log_normal", "logistic"] = "uniform"
+    """How many rows k are put together: any of 1 to `max_rows`, always `max_rows`, as many as fit `max_tokens`, or
+    `max_rows` - floor(Z) with Z of the named distribution."""
+    max_rows: Positive = 10
+    max_tokens: Positive = 2000
+    """A composed row has fewer tokens than this, instruction and answer together."""
+    strategies: Annotated[tuple[Literal["format", "order", "mask"], ...], Field(min_length=1)] = (
+        "format",
+        "order",
+        "mask",
+    )
+    """Drawn with equal chances per row: answer all; answer in an order given by a rule; leave out what a rule names."""
+    block_rows: Positive = 1000
+    """Groups never cross blocks of so many rows."""
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -158,6 +182,12 @@ class CustomRecipeConfig(RecipeBase):
 
 
 RecipeConfig = Annotated[
-    RespondConfig | PreferenceConfig | SelfInstructConfig | TeacherTopkConfig | EvolInstructConfig | CustomRecipeConfig,
+    RespondConfig
+    | PreferenceConfig
+    | SelfInstructConfig
+    | TeacherTopkConfig
+    | EvolInstructConfig
+    | MosaicConfig
+    | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
-from itune_ray.engine.base import Completion, Llm
+from itune_ray.engine.base import Completion, Llm, Request
 from itune_ray.errors import ConfigError
 
 
@@ -44,6 +44,23 @@ class Recipe(Protocol):
         with a reason, or failed with a cause when another attempt may mend it.
         """
         ...
+
+
+class NoModel:
+    """The engine of recipes that ask none; their workers need its `Llm` for seeds alone."""
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """No answers."""
+        return [Completion(id=request.id, error="no_model: this recipe asks no model") for request in requests]
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """No vectors."""
+        raise NotImplementedError("this recipe asks no model")
+
+
+def uses_model(recipe: Recipe) -> bool:
+    """Whether a recipe asks a model; one that does not says `uses_model = False`, and no engine starts for it."""
+    return getattr(recipe, "uses_model", True)
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
