@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
+from itune_ray.config.techniques import ChainOfThought, Technique, check_composition
 
 
 class RecipeBase(Schema):
@@ -172,6 +173,22 @@ class MosaicConfig(RecipeBase):
     """Groups never cross blocks of so many rows."""
 
 
+class TechniqueConfig(RecipeBase):
+    """Prompt techniques applied to each prompt, whose answer is stored with the enhanced prompt or with the basic one
+    (survey Table V, methods D42)."""
+
+    type: Literal["technique"] = "technique"
+    techniques: Annotated[tuple[Technique, ...], Field(min_length=1)] = (ChainOfThought(),)
+    """Applied in the order frame, context, task, demos, reasoning, format, whatever the order here."""
+    store: Literal["enhanced", "basic"] = "enhanced"
+    """`basic`: context distillation, the student learns to answer so without being told."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TechniqueConfig":
+        check_composition(self.techniques)
+        return self
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -188,6 +205,7 @@ RecipeConfig = Annotated[
     | TeacherTopkConfig
     | EvolInstructConfig
     | MosaicConfig
+    | TechniqueConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -13,6 +13,7 @@ RECIPES = {
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
     "mosaic": "itune_ray.generate.recipes.mosaic:Mosaic",
+    "technique": "itune_ray.generate.recipes.technique:Technique",
 }
 """Recipe type -> class, built with its config."""
 
