@@ -189,6 +189,68 @@ class TechniqueConfig(RecipeBase):
         return self
 
 
+class TokenAugment(Schema):
+    """Words of the instruction changed by chance (Easy Data Augmentation, Wei and Zou 2019); no model is asked."""
+
+    type: Literal["token"] = "token"
+    ops: Annotated[tuple[Literal["synonym", "insert", "swap", "delete", "mask"], ...], Field(min_length=1)] = (
+        "synonym",
+        "insert",
+        "swap",
+        "delete",
+    )
+    share: Fraction = 0.1
+    """Of the words: replaced, inserted or swapped; each is deleted with this probability."""
+    mask_share: Fraction = 0.15
+    """Probability that a word is masked; stop words never are."""
+    mask_text: str | None = "___"
+    """What stands for a masked word; null drops it."""
+
+
+class ParaphraseAugment(Schema):
+    """The instruction in the model's other words."""
+
+    type: Literal["paraphrase"] = "paraphrase"
+
+
+class BackTranslationAugment(Schema):
+    """The instruction into another language and back."""
+
+    type: Literal["back_translation"] = "back_translation"
+    language: str = "English"
+    """Of the instructions."""
+    pivot: str = "German"
+
+
+class GenerativeAugment(Schema):
+    """Another task that takes the same skill, with an answer of its own."""
+
+    type: Literal["generative"] = "generative"
+
+
+class AugmentConfig(RecipeBase):
+    """D_train = D_sample and variants of its instructions (survey eq. 17-19, methods D25)."""
+
+    type: Literal["augment"] = "augment"
+    how: Annotated[
+        TokenAugment | ParaphraseAugment | BackTranslationAugment | GenerativeAugment, Field(discriminator="type")
+    ] = TokenAugment()
+    variants: Positive = 2
+    """Variants of a row at most."""
+    max_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Variants are at most this share of all rows: 0.5 is one variant per row."""
+    keep_original: bool = True
+    """Give each row itself too; without, the table is of variants alone."""
+    max_rouge: Fraction = 0.9
+    """A rewording whose ROUGE-L F with its original is above this is a copy."""
+    judge: ServedModel | None = None
+    """Who says whether a rewording asks for the same; default: the teacher."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {} if self.judge is None else {"judge": self.judge}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -206,6 +268,7 @@ RecipeConfig = Annotated[
     | EvolInstructConfig
     | MosaicConfig
     | TechniqueConfig
+    | AugmentConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

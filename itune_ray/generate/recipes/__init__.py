@@ -14,6 +14,7 @@ RECIPES = {
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
     "mosaic": "itune_ray.generate.recipes.mosaic:Mosaic",
     "technique": "itune_ray.generate.recipes.technique:Technique",
+    "augment": "itune_ray.generate.recipes.augment:Augment",
 }
 """Recipe type -> class, built with its config."""
 
