@@ -251,6 +251,43 @@ class AugmentConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+class ReflectiveLearningConfig(RecipeBase):
+    """A student answers from documents and revises by a teacher's questions until its replies settle (survey algorithm
+    1, eq. 31-32, methods D23). The job's teacher is the teacher."""
+
+    type: Literal["reflective_learning"] = "reflective_learning"
+    documents: str | None = "documents"
+    """Key of `meta` with the row's documents, a text or a list of texts; null: no documents."""
+    levels: Annotated[tuple[Literal["easy", "medium", "hard", "expert"], ...], Field(min_length=1)] = (
+        "easy",
+        "medium",
+        "hard",
+        "expert",
+    )
+    """Of the questions: recall, relate passages, apply, criticise edge cases."""
+    steps: Positive = 5
+    epsilon: Annotated[float, Field(gt=0)] = 0.05
+    """Two columns of the alignment matrix that differ by less (Euclidean) are equal."""
+    patience: Positive = 2
+    """Steps in a row that must be equal: the change is not monotone, so one may be so by chance."""
+    passages: Positive = 4
+    """Passages shown, those likest the instruction."""
+    reretrieve: bool = False
+    """Choose them anew each step, by the instruction and the teacher's comments."""
+    bins: Positive = 1024
+    """Dimensions of the hashed bag-of-words embedding."""
+    trace: bool = True
+    """Give the student's replies as rows too, scored by the teacher."""
+    trace_min_score: Fraction = 0.5
+    """Replies below are rejected as `low_score`."""
+    student: ServedModel | None = None
+    """Default: the teacher."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The student, where there is one."""
+        return {} if self.student is None else {"student": self.student}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -269,6 +306,7 @@ RecipeConfig = Annotated[
     | MosaicConfig
     | TechniqueConfig
     | AugmentConfig
+    | ReflectiveLearningConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -25,7 +25,7 @@ from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.recipes.base import NoModel, Recipe, recipe_identity, uses_model
+from itune_ray.generate.recipes.base import NoModel, Recipe, facts_of, recipe_identity, uses_model
 from itune_ray.generate.recipes.mosaic import Mosaic
 from itune_ray.generate.recipes.propose import Propose
 from itune_ray.generate.rounds import SelfInstruct
@@ -73,7 +73,8 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
             on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
-    _finish(job, artifact, ledger.table(), tally, feed)
+    table = ledger.table()
+    _finish(job, artifact, table, tally, feed, **facts_of(recipe, table))
     return artifact
 
 

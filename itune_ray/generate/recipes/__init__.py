@@ -15,6 +15,7 @@ RECIPES = {
     "mosaic": "itune_ray.generate.recipes.mosaic:Mosaic",
     "technique": "itune_ray.generate.recipes.technique:Technique",
     "augment": "itune_ray.generate.recipes.augment:Augment",
+    "reflective_learning": "itune_ray.generate.recipes.reflective_learning:ReflectiveLearning",
 }
 """Recipe type -> class, built with its config."""
 

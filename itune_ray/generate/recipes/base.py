@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+import pyarrow as pa
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.data.ledger import Outcome
@@ -61,6 +62,12 @@ class NoModel:
 def uses_model(recipe: Recipe) -> bool:
     """Whether a recipe asks a model; one that does not says `uses_model = False`, and no engine starts for it."""
     return getattr(recipe, "uses_model", True)
+
+
+def facts_of(recipe: Recipe, table: pa.Table) -> dict[str, Any]:
+    """Figures for the manifest, of recipes that have a `facts(outcomes)`."""
+    facts = getattr(recipe, "facts", None)
+    return {} if facts is None else facts([Outcome.from_row(row) for row in table.to_pylist()])
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
