@@ -288,6 +288,27 @@ class ReflectiveLearningConfig(RecipeBase):
         return {} if self.student is None else {"student": self.student}
 
 
+Attribute = Literal["task", "lang", "length", "domain"]
+ControlName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class TaskTokensConfig(RecipeBase):
+    """Control tokens before the prompt, so that one model can be told what to do (survey figure 2, methods D39). No
+    model is asked."""
+
+    type: Literal["task_tokens"] = "task_tokens"
+    names: Annotated[dict[Attribute, Annotated[tuple[ControlName, ...], Field(min_length=1)]], Field(min_length=1)]
+    """The names that each attribute may have: a row with another is rejected."""
+    keys: dict[Attribute, str] = {}
+    """Key of `meta` that holds a row's name; default: the attribute's own."""
+    form: Literal["text", "special"] = "text"
+    """`text`: `[task: NAME]`, as the tokenizer splits it; `special`: `<|task:NAME|>`, to be added to the tokenizer."""
+    place: Literal["user", "system"] = "user"
+    """Before the first user turn, or before the system message, which is made where there is none."""
+    dropout: Fraction = 0.1
+    """Share of rows that stay without tokens, so that the model works without them too."""
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -307,6 +328,7 @@ RecipeConfig = Annotated[
     | TechniqueConfig
     | AugmentConfig
     | ReflectiveLearningConfig
+    | TaskTokensConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

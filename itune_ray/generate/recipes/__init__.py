@@ -16,6 +16,7 @@ RECIPES = {
     "technique": "itune_ray.generate.recipes.technique:Technique",
     "augment": "itune_ray.generate.recipes.augment:Augment",
     "reflective_learning": "itune_ray.generate.recipes.reflective_learning:ReflectiveLearning",
+    "task_tokens": "itune_ray.generate.recipes.task_tokens:TaskTokens",
 }
 """Recipe type -> class, built with its config."""
 
