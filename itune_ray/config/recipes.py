@@ -1,5 +1,6 @@
 """Schemas of the recipes of `itune generate`, one per `type`."""
 
+import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -309,6 +310,62 @@ class TaskTokensConfig(RecipeBase):
     """Share of rows that stay without tokens, so that the model works without them too."""
 
 
+Action = Literal[
+    "goals",
+    "constraints",
+    "requirements",
+    "skills",
+    "reasoning",
+    "domain",
+    "life",
+    "application",
+    "emotion",
+    "input_style",
+    "output_style",
+    "create",
+]
+RewardPart = Literal["quality", "complexity", "diversity", "executability"]
+
+
+class MctsConfig(RecipeBase):
+    """Rewrites of each seed found by Monte Carlo tree search (IDEA-MCTS, methods D22). `sampling` is that of the
+    rewrites."""
+
+    type: Literal["mcts"] = "mcts"
+    iterations: Positive = 3
+    children: Positive = 5
+    """Different actions per expansion."""
+    actions: Annotated[tuple[Action, ...], Field(min_length=1)] = typing.get_args(Action)
+    task_actions: Annotated[int, Field(ge=0)] = 0
+    """Further actions that the teacher proposes for each seed."""
+    exploration: Annotated[float, Field(ge=0)] = 1.0
+    """C of UCT; 0 is greedy."""
+    uct_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Before ln N(parent) under the root; 2 is common too."""
+    max_depth: Positive = 4
+    """A node deeper than this is terminal."""
+    max_reward: float = 10.0
+    """A node of a larger reward is terminal."""
+    reward: Annotated[dict[RewardPart, float], Field(min_length=1)] = {
+        "quality": 1.0,
+        "complexity": 1.0,
+        "diversity": 1.0,
+    }
+    """Weights of the parts; each is 0 to 5, diversity is the number of intents."""
+    rows: Positive = 4
+    """Nodes drawn per seed, those on paths to terminal nodes, and answered."""
+    keep_tree: bool = False
+    """Put the whole tree into the `meta` of the seed's first row."""
+    answer: SamplingConfig = ANSWERS
+    """How the answers are sampled."""
+    judge: ServedModel | None = None
+    """Who rates; default: the teacher."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The judge, where there is one."""
+        return {} if self.judge is None else {"judge": self.judge}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -329,6 +386,7 @@ RecipeConfig = Annotated[
     | AugmentConfig
     | ReflectiveLearningConfig
     | TaskTokensConfig
+    | MctsConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

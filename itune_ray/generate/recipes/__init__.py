@@ -17,6 +17,7 @@ RECIPES = {
     "augment": "itune_ray.generate.recipes.augment:Augment",
     "reflective_learning": "itune_ray.generate.recipes.reflective_learning:ReflectiveLearning",
     "task_tokens": "itune_ray.generate.recipes.task_tokens:TaskTokens",
+    "mcts": "itune_ray.generate.recipes.mcts:Mcts",
 }
 """Recipe type -> class, built with its config."""
 
