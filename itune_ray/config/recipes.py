@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
-from itune_ray.config.techniques import ChainOfThought, Technique, check_composition
+from itune_ray.config.techniques import ChainOfThought, Technique, TechniqueName, check_composition
 
 
 class RecipeBase(Schema):
@@ -179,14 +179,18 @@ class TechniqueConfig(RecipeBase):
     (survey Table V, methods D42)."""
 
     type: Literal["technique"] = "technique"
-    techniques: Annotated[tuple[Technique, ...], Field(min_length=1)] = (ChainOfThought(),)
+    techniques: tuple[Technique, ...] = (ChainOfThought(),)
     """Applied in the order frame, context, task, demos, reasoning, format, whatever the order here."""
+    filled: tuple[TechniqueName, ...] = ()
+    """Further techniques, whose parameters the teacher gives for each prompt."""
     store: Literal["enhanced", "basic"] = "enhanced"
     """`basic`: context distillation, the student learns to answer so without being told."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TechniqueConfig":
-        check_composition(self.techniques)
+        if not self.techniques and not self.filled:
+            raise ValueError("no technique is named: give techniques or filled")
+        check_composition(self.techniques, self.filled)
         return self
 
 

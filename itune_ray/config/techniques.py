@@ -3,6 +3,7 @@
 Every text is a Jinja template over {{ prompt }} and {{ meta }} of the row.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -228,13 +229,36 @@ Technique = Annotated[
     | OutputFormat,
     Field(discriminator="name"),
 ]
+TechniqueName = Literal[
+    "clear_instruction",
+    "role",
+    "chain_of_thought",
+    "few_shot",
+    "multi_document",
+    "domain_specific",
+    "hallucination_guard",
+    "peft_inspired",
+    "multilingual",
+    "self_evaluation",
+    "value_aligned",
+    "compositional",
+    "task_decomposition",
+    "bias_mitigation",
+    "contextual_grounding",
+    "output_format",
+]
 FRAMES = frozenset({"role", "domain_specific", "peft_inspired", "value_aligned"})
 """Techniques that say who answers: at most one holds."""
 
 
-def check_composition(techniques: tuple[Technique, ...]) -> None:
-    """Raise `ValueError` for techniques that cannot be applied together."""
-    names = [technique.name for technique in techniques]
+def check_composition(techniques: Sequence[Technique], filled: Sequence[TechniqueName] = ()) -> None:
+    """Raise `ValueError` for techniques that cannot be applied together.
+
+    Args:
+        techniques: Those whose parameters are given.
+        filled: Those whose parameters the model gives.
+    """
+    names = [*(technique.name for technique in techniques), *filled]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{twice[0]} is named twice: a technique applies once")

@@ -1,6 +1,7 @@
 """Prompt techniques: what each adds, that none loses the prompt, and answers that must follow a form."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -132,6 +133,10 @@ def test_composed_in_the_specified_order_whatever_the_order_named(pair):
 def test_what_cannot_be_combined_is_told():
     with pytest.raises(ValidationError, match="named twice"):
         TechniqueConfig(techniques=(technique("role"), technique("role")))
+    with pytest.raises(ValidationError, match="both say who answers"):
+        TechniqueConfig(techniques=(technique("role"),), filled=("peft_inspired",))
+    with pytest.raises(ValidationError, match="no technique is named"):
+        TechniqueConfig(techniques=())
     with pytest.raises(ValidationError, match="makes a label the whole answer"):
         TechniqueConfig(techniques=(technique("few_shot", closed=True), technique("chain_of_thought")))
     with pytest.raises(ValidationError, match="step 1 uses step 2, which does not come before it"):
@@ -184,6 +189,42 @@ def test_the_teacher_sees_the_enhanced_prompt_and_the_row_holds_what_is_asked_fo
     assert outcome.record.recipe == "technique+role"
     assert outcome.record.meta["techniques"][0]["role"] == "a plumber"
     assert outcome.record.parents == ("s:0:0",)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_the_teacher_may_give_the_parameters(name):
+    seen = []
+
+    def script(turn, index):
+        if "JSON schema" in turn:
+            assert BASIC in turn
+            assert '"name"' not in turn.split("what they are:")[1]
+            return f"```json\n{json.dumps(PARAMS[name])}\n```"
+        seen.append(turn)
+        return "## Parts\n- a\n- b\n## Costs\n- c"
+
+    (outcome,) = run(recipe(filled=(name,)), prompt(BASIC), script)
+    assert seen == [enhanced(BASIC, [technique(name)])]
+    assert outcome.status == "accepted"
+    assert outcome.record.recipe == f"technique+{name}"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "A plumber.",
+        "[]",
+        '{"role": "x"}',
+        '{"role": "x", "audience": "y", "z": 1}',
+        "{",
+        '{"role": "{{ x }}", "audience": "y"}',
+    ],
+)
+def test_parameters_that_do_not_fit_are_asked_for_again_and_then_refused(reply):
+    asked = []
+    (outcome,) = run(recipe(filled=("role",)), prompt(BASIC), lambda turn, index: asked.append(turn) or reply)
+    assert (outcome.status, outcome.reason, outcome.raw) == ("rejected", "unparsable_parameters", reply)
+    assert len(asked) == 2
 
 
 def test_parameters_are_filled_from_the_row():

@@ -19,7 +19,11 @@ from itune_ray.errors import ConfigError
 
 
 class Recipe(Protocol):
-    """One method of making rows. Instances are pickled to the workers and hold no state between calls."""
+    """One method of making rows. Instances are pickled to the workers and hold no state between calls.
+
+    Beside what follows, a recipe may have `uses_model = False` (no engine starts for it), `bind(others)` where its
+    config names further models, and `facts(outcomes)` with figures for the manifest.
+    """
 
     version: int
     """Raised when the same config would make other rows; part of the artifact's identity."""
