@@ -132,7 +132,7 @@ def tagged(text):
 
 
 def read_back(instruction, response, vocabulary):
-    """(expected, given) numbers of the answers, by what the instruction says."""
+    """(expected, given) numbered answers, by what the instruction says."""
     texts = [next(word for word in vocabulary if text.startswith(word)) for _, text in tagged(instruction)]
     expected = list(range(len(texts)))
     for kind, rules in SAID.items():
@@ -142,13 +142,13 @@ def read_back(instruction, response, vocabulary):
                 expected = picked if kind == "order" else [i for i in expected if i not in picked]
     marks = next((found for pattern in MARKS if (found := re.search(pattern, instruction))), None)
     answers = []
-    for _, text in tagged(response):
+    for number, text in tagged(response):
         if marks is not None:
             assert text.startswith(marks[1])
             assert text.endswith(marks[2])
             text = text[len(marks[1]) : len(text) - len(marks[2])]
-        answers.append(text)
-    return [f"answer of {texts[i]}" for i in expected], answers
+        answers.append((number, text))
+    return [(i + 1, f"answer of {texts[i]}") for i in expected], answers
 
 
 def test_a_reader_who_follows_what_is_printed_gets_the_answers():
@@ -210,7 +210,17 @@ def test_every_row_is_used_once_per_epoch_whatever_the_order_of_the_input():
     assert [o.to_row() | {"score": 0} for o in Mosaic(config).across(shuffled, 5, words_of)] == [
         o.to_row() | {"score": 0} for o in outcomes
     ]
-    assert Mosaic(config).across(table, 6, words_of)[0].record.parents != outcomes[0].record.parents
+
+
+def test_each_epoch_and_each_seed_shuffles_anew():
+    def order(seed):
+        outcomes = Mosaic(MosaicConfig(epochs=2, grouping="fixed")).across(rows(50), seed, words_of)
+        used = [parent for outcome in outcomes for parent in outcome.record.parents]
+        return used[:50], used[50:]
+
+    orders = [*order(5), *order(6), [row.key for row in rows(50)]]
+    assert len({tuple(used) for used in orders}) == 5
+    assert order(5) == order(5)
 
 
 def test_groups_do_not_cross_blocks():
