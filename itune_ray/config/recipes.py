@@ -1,11 +1,13 @@
 """Schemas of the recipes of `itune generate`, one per `type`."""
 
+import typing
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
+from itune_ray.config.techniques import ChainOfThought, Technique, TechniqueName, check_composition
 
 
 class RecipeBase(Schema):
@@ -271,6 +273,108 @@ class MultiDocumentConfig(RecipeBase):
     judge: ServedModel | None = None
     """Who says so; default: the teacher."""
 
+
+class MosaicConfig(RecipeBase):
+    """Several rows as one, under rule-made meta-instructions on format, order and what to leave out; no model is asked
+    (Li et al. 2024, survey eq. 28-30, methods D21). `prompts` are rows of one user turn with its answer; of `teacher`
+    only the tokenizer is used, to count."""
+
+    type: Literal["mosaic"] = "mosaic"
+    epochs: Positive = 4
+    """Passes over the rows, each shuffled and grouped anew."""
+    grouping: Literal["uniform", "fixed", "fill", "exponential", "pareto", "log_normal", "logistic"] = "uniform"
+    """How many rows k are put together: any of 1 to `max_rows`, always `max_rows`, as many as fit `max_tokens`, or
+    `max_rows` - floor(Z) with Z of the named distribution."""
+    max_rows: Positive = 10
+    max_tokens: Positive = 2000
+    """A composed row has fewer tokens than this, instruction and answer together."""
+    strategies: Annotated[tuple[Literal["format", "order", "mask"], ...], Field(min_length=1)] = (
+        "format",
+        "order",
+        "mask",
+    )
+    """Drawn with equal chances per row: answer all; answer in an order given by a rule; leave out what a rule names."""
+    block_rows: Positive = 1000
+    """Groups never cross blocks of so many rows."""
+
+
+class TechniqueConfig(RecipeBase):
+    """Prompt techniques applied to each prompt, whose answer is stored with the enhanced prompt or with the basic one
+    (survey Table V, methods D42)."""
+
+    type: Literal["technique"] = "technique"
+    techniques: tuple[Technique, ...] = (ChainOfThought(),)
+    """Applied in the order frame, context, task, demos, reasoning, format, whatever the order here."""
+    filled: tuple[TechniqueName, ...] = ()
+    """Further techniques, whose parameters the teacher gives for each prompt."""
+    store: Literal["enhanced", "basic"] = "enhanced"
+    """`basic`: context distillation, the student learns to answer so without being told."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TechniqueConfig":
+        if not self.techniques and not self.filled:
+            raise ValueError("no technique is named: give techniques or filled")
+        check_composition(self.techniques, self.filled)
+        return self
+
+
+class TokenAugment(Schema):
+    """Words of the instruction changed by chance (Easy Data Augmentation, Wei and Zou 2019); no model is asked."""
+
+    type: Literal["token"] = "token"
+    ops: Annotated[tuple[Literal["synonym", "insert", "swap", "delete", "mask"], ...], Field(min_length=1)] = (
+        "synonym",
+        "insert",
+        "swap",
+        "delete",
+    )
+    share: Fraction = 0.1
+    """Of the words: replaced, inserted or swapped; each is deleted with this probability."""
+    mask_share: Fraction = 0.15
+    """Probability that a word is masked; stop words never are."""
+    mask_text: str | None = "___"
+    """What stands for a masked word; null drops it."""
+
+
+class ParaphraseAugment(Schema):
+    """The instruction in the model's other words."""
+
+    type: Literal["paraphrase"] = "paraphrase"
+
+
+class BackTranslationAugment(Schema):
+    """The instruction into another language and back."""
+
+    type: Literal["back_translation"] = "back_translation"
+    language: str = "English"
+    """Of the instructions."""
+    pivot: str = "German"
+
+
+class GenerativeAugment(Schema):
+    """Another task that takes the same skill, with an answer of its own."""
+
+    type: Literal["generative"] = "generative"
+
+
+class AugmentConfig(RecipeBase):
+    """D_train = D_sample and variants of its instructions (survey eq. 17-19, methods D25)."""
+
+    type: Literal["augment"] = "augment"
+    how: Annotated[
+        TokenAugment | ParaphraseAugment | BackTranslationAugment | GenerativeAugment, Field(discriminator="type")
+    ] = TokenAugment()
+    variants: Positive = 2
+    """Variants of a row at most."""
+    max_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Variants are at most this share of all rows: 0.5 is one variant per row."""
+    keep_original: bool = True
+    """Give each row itself too; without, the table is of variants alone."""
+    max_rouge: Fraction = 0.9
+    """A rewording whose ROUGE-L F with its original is above this is a copy."""
+    judge: ServedModel | None = None
+    """Who says whether a rewording asks for the same; default: the teacher."""
+
     def served(self) -> dict[str, ServedModel]:
         """The judge, where there is one."""
         return {} if self.judge is None else {"judge": self.judge}
@@ -294,6 +398,116 @@ class CompareConfig(RecipeBase):
     template: str | None = None
     """A Jinja file over {{ prompt }}, {{ first }}, {{ second }}, {{ reference }} and {{ fence }}; default: the built-in
     one."""
+
+
+class ReflectiveLearningConfig(RecipeBase):
+    """A student answers from documents and revises by a teacher's questions until its replies settle (survey algorithm
+    1, eq. 31-32, methods D23). The job's teacher is the teacher."""
+
+    type: Literal["reflective_learning"] = "reflective_learning"
+    documents: str | None = "documents"
+    """Key of `meta` with the row's documents, a text or a list of texts; null: no documents."""
+    levels: Annotated[tuple[Literal["easy", "medium", "hard", "expert"], ...], Field(min_length=1)] = (
+        "easy",
+        "medium",
+        "hard",
+        "expert",
+    )
+    """Of the questions: recall, relate passages, apply, criticise edge cases."""
+    steps: Positive = 5
+    epsilon: Annotated[float, Field(gt=0)] = 0.05
+    """Two columns of the alignment matrix that differ by less (Euclidean) are equal."""
+    patience: Positive = 2
+    """Steps in a row that must be equal: the change is not monotone, so one may be so by chance."""
+    passages: Positive = 4
+    """Passages shown, those likest the instruction."""
+    reretrieve: bool = False
+    """Choose them anew each step, by the instruction and the teacher's comments."""
+    bins: Positive = 1024
+    """Dimensions of the hashed bag-of-words embedding."""
+    trace: bool = True
+    """Give the student's replies as rows too, scored by the teacher."""
+    trace_min_score: Fraction = 0.5
+    """Replies below are rejected as `low_score`."""
+    student: ServedModel | None = None
+    """Default: the teacher."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The student, where there is one."""
+        return {} if self.student is None else {"student": self.student}
+
+
+Attribute = Literal["task", "lang", "length", "domain"]
+ControlName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class TaskTokensConfig(RecipeBase):
+    """Control tokens before the prompt, so that one model can be told what to do (survey figure 2, methods D39). No
+    model is asked."""
+
+    type: Literal["task_tokens"] = "task_tokens"
+    names: Annotated[dict[Attribute, Annotated[tuple[ControlName, ...], Field(min_length=1)]], Field(min_length=1)]
+    """The names that each attribute may have: a row with another is rejected."""
+    keys: dict[Attribute, str] = {}
+    """Key of `meta` that holds a row's name; default: the attribute's own."""
+    form: Literal["text", "special"] = "text"
+    """`text`: `[task: NAME]`, as the tokenizer splits it; `special`: `<|task:NAME|>`, to be added to the tokenizer."""
+    place: Literal["user", "system"] = "user"
+    """Before the first user turn, or before the system message, which is made where there is none."""
+    dropout: Fraction = 0.1
+    """Share of rows that stay without tokens, so that the model works without them too."""
+
+
+Action = Literal[
+    "goals",
+    "constraints",
+    "requirements",
+    "skills",
+    "reasoning",
+    "domain",
+    "life",
+    "application",
+    "emotion",
+    "input_style",
+    "output_style",
+    "create",
+]
+RewardPart = Literal["quality", "complexity", "diversity", "executability"]
+
+
+class MctsConfig(RecipeBase):
+    """Rewrites of each seed found by Monte Carlo tree search (IDEA-MCTS, methods D22). `sampling` is that of the
+    rewrites."""
+
+    type: Literal["mcts"] = "mcts"
+    iterations: Positive = 3
+    children: Positive = 5
+    """Different actions per expansion."""
+    actions: Annotated[tuple[Action, ...], Field(min_length=1)] = typing.get_args(Action)
+    task_actions: Annotated[int, Field(ge=0)] = 0
+    """Further actions that the teacher proposes for each seed."""
+    exploration: Annotated[float, Field(ge=0)] = 1.0
+    """C of UCT; 0 is greedy."""
+    uct_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Before ln N(parent) under the root; 2 is common too."""
+    max_depth: Positive = 4
+    """A node deeper than this is terminal."""
+    max_reward: float = 10.0
+    """A node of a larger reward is terminal."""
+    reward: Annotated[dict[RewardPart, float], Field(min_length=1)] = {
+        "quality": 1.0,
+        "complexity": 1.0,
+        "diversity": 1.0,
+    }
+    """Weights of the parts; each is 0 to 5, diversity is the number of intents."""
+    rows: Positive = 4
+    """Nodes drawn per seed, those on paths to terminal nodes, and answered."""
+    keep_tree: bool = False
+    """Put the whole tree into the `meta` of the seed's first row."""
+    answer: SamplingConfig = ANSWERS
+    """How the answers are sampled."""
+    judge: ServedModel | None = None
+    """Who rates; default: the teacher."""
 
     def served(self) -> dict[str, ServedModel]:
         """The judge, where there is one."""
@@ -322,6 +536,12 @@ RecipeConfig = Annotated[
     | BacktranslationConfig
     | GroundedConfig
     | MultiDocumentConfig
+    | MosaicConfig
+    | TechniqueConfig
+    | AugmentConfig
+    | ReflectiveLearningConfig
+    | TaskTokensConfig
+    | MctsConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -7,26 +7,27 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from itune_ray import cluster, room
 from itune_ray.config.generate import GenerateJob
-from itune_ray.config.shared import SamplingConfig, ServedModel
+from itune_ray.config.shared import FakeEngineConfig, SamplingConfig, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publish_table
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
-from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.llm import EngineLlm, sampling_of
 from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.recipes.base import Recipe, recipe_identity
+from itune_ray.generate.recipes.base import NoModel, Recipe, facts_of, recipe_identity, uses_model
+from itune_ray.generate.recipes.mosaic import Mosaic
 from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.rounds import SelfInstruct
 from itune_ray.generate.worker import RecipeWorker, unpack
@@ -58,6 +59,9 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
     if isinstance(recipe, Proposer):
         _run_rounds(job, artifact, records, quarantined, feed, progress)
         return artifact
+    if isinstance(recipe, Mosaic):
+        _run_mosaic(job, artifact, recipe, records, quarantined, feed)
+        return artifact
     ledger = Ledger(artifact.folder / "ledger")
     quarantine(ledger, quarantined, job.max_attempts)
     with progress.task(stage, len(records)) as task:
@@ -70,7 +74,8 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
             on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
-    _finish(job, artifact, ledger.table(), tally, feed)
+    table = ledger.table()
+    _finish(job, artifact, table, tally, feed, **facts_of(recipe, table))
     return artifact
 
 
@@ -85,6 +90,30 @@ def _run_rounds(
     loop = SelfInstruct(job, seeds, artifact.folder / "ledger", feed.stream_of, progress)
     rows = [outcome.to_row() for outcome in [*quarantined, *loop.run()]]
     _finish(job, artifact, pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), loop.tally, feed, rounds=loop.facts())
+
+
+def _run_mosaic(
+    job: GenerateJob,
+    artifact: Artifact,
+    recipe: Mosaic,
+    records: Sequence[Record],
+    quarantined: Sequence[Outcome],
+    feed: "_Feed",
+) -> None:
+    """All rows at once, on the driver: a pure function of them, so nothing is committed on the way."""
+    outcomes = [*quarantined, *recipe.across(records, job.seed, _token_counter(job.teacher))]
+    table = pa.Table.from_pylist([outcome.to_row() for outcome in outcomes], schema=LEDGER_SCHEMA)
+    _finish(job, artifact, table.sort_by("key"), Tally(inputs=len(records)), feed)
+
+
+def _token_counter(teacher: ServedModel) -> Callable[[str], int]:
+    """Tokens of a text by the teacher's tokenizer, begin and end tokens among them; the fake engine's are words."""
+    if isinstance(teacher.engine, FakeEngineConfig):
+        return lambda text: len(text.split())
+    from itune_ray.model.render import model_renderer  # loads torch
+
+    renderer = model_renderer(teacher.model)
+    return lambda text: len(renderer.text_ids(text).input_ids)
 
 
 def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outcome]]:
@@ -111,8 +140,13 @@ class _Feed:
         """Outcomes of whole inputs under a recipe, as they end; engines start with the first input."""
 
         def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
-            self._connect()
             seed = self._job.seed
+            if not uses_model(recipe):
+                cluster.connect(self._job.run.ray, self._progress.say)
+                _require_workers(self._job, [], self._engines)
+                nobody = EngineLlm(NoModel(), model="none", sampling=sampling_of(sampling), seed=seed, stage=SEED_STAGE)
+                return _stream(self._job, recipe, nobody, pending)
+            self._connect()
             asked = self._models()
             clients = {
                 name: pool.client.llm(sampling_of(sampling), seed, SEED_STAGE, asked[name].model.adapter)

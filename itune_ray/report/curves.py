@@ -132,5 +132,26 @@ def rungs_figure(sweep: Mapping[str, Any]) -> str:
         return inline(figure, "Score of every trial at each rung")
 
 
+def alignment_figure(alignment: Mapping[str, Any]) -> str:
+    """The mean alignment matrix of a reflective learning as a heat map: levels down, steps across, darker for more.
+
+    Args:
+        alignment: `levels`, `mean` [level][step] in [0, 1], and `rows` per step.
+    """
+    levels, mean = alignment["levels"], alignment["mean"]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, 0.7 + 0.36 * len(levels)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, cells in enumerate(mean):
+            for step, value in enumerate(cells):
+                axes.barh([place], [0.94], 0.9, left=[step - 0.47], color=VARIABLES["after"], alpha=0.06 + 0.6 * value)
+                axes.text(step, place, f"{value:.2f}", ha="center", va="center", color=VARIABLES["ink"])
+        steps = [f"{step}\nn = {rows}" for step, rows in enumerate(alignment["rows"])]
+        axes.set(xlim=(-0.5, len(steps) - 0.5), ylim=(len(levels) - 0.5, -0.5))
+        axes.set(xticks=range(len(steps)), xticklabels=steps, yticks=range(len(levels)), yticklabels=levels)
+        axes.set_xlabel("step")
+        return inline(figure, "Mean alignment of the student's replies per level and step")
+
+
 def _legend(axes: Axes) -> None:
     axes.legend(loc="upper left", labelcolor=VARIABLES["muted"], handlelength=1.2)

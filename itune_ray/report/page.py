@@ -21,7 +21,16 @@ from itune_ray.report.compare import (
     headline,
     verdict,
 )
-from itune_ray.report.sections import compared_pairs, distillation, inventions, preference, pruning, stated, sweeps
+from itune_ray.report.sections import (
+    alignments,
+    compared_pairs,
+    distillation,
+    inventions,
+    preference,
+    pruning,
+    stated,
+    sweeps,
+)
 from itune_ray.report.summary import Scores
 
 MAX_REPLY = 600
@@ -75,6 +84,7 @@ def render(run: Run, job: ReportJob, pairs: Sequence[Comparison], command: str, 
         "many": _many(run),
         "training": _training(run),
         "inventions": inventions(run),
+        "alignments": alignments(run),
         "pruning": pruning(run),
         "sweeps": sweeps(run),
         "funnel": _funnel(run),

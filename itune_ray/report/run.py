@@ -14,7 +14,7 @@ from itune_ray.report.page import pairs_of, render
 from itune_ray.report.summary import summarise
 from itune_ray.report.tables import tables_csv
 
-VERSION = "3"
+VERSION = "4"
 """Of the page's content: part of the artifact's identity."""
 
 

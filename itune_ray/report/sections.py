@@ -87,6 +87,12 @@ def inventions(run: Run) -> list[Section]:
     return found
 
 
+def alignments(run: Run) -> list[Section]:
+    """Reflective learning stages with the mean of their alignment matrices."""
+    found = [(stage, stage.manifest.get("alignment")) for stage in run.of_job("generate")]
+    return [{"stage": stage, "svg": curves.alignment_figure(facts)} for stage, facts in found if facts]
+
+
 def _graded(run: Run, stage: Stage) -> list[tuple[str, str]]:
     """Share valid (the grader's inverse parser knows the instruction) and share right, where it was graded."""
     facts = [("new instructions accepted", shown.count(sum(done["accepted"] for done in stage.manifest["rounds"])))]

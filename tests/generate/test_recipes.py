@@ -38,7 +38,7 @@ def test_registry_equals_the_union():
 @pytest.mark.parametrize("messages", [ANSWERED, ANSWERED[:1]], ids=["answered", "prompt"])
 def test_every_input_ends_whatever_the_model_says(name, messages):
     graded = {"scorer": {"type": "grader", "grader": "generate_recipe:first_digit"}}
-    settings = {"preference": graded, "best_of_n": graded}
+    settings = {"preference": graded, "best_of_n": graded, "task_tokens": {"names": {"task": ["colour"]}}}
     recipe = load_recipe(TypeAdapter(RecipeConfig).validate_python({"type": name, **settings.get(name, {})}))
     ref = ModelRef(path="playground://base")
     llm = EngineLlm(FakeEngine(), model="m@1", sampling=Sampling(temperature=1.0), ref=ref)

@@ -63,6 +63,13 @@ def add_invented(run):
     )
 
 
+def add_aligned(run):
+    recipe = {"type": "reflective_learning"}
+    generate = job(GenerateJob, prompts=[CHAT], teacher={"model": {"path": "m"}}, recipe=recipe)
+    matrix = {"levels": ["easy", "expert"], "mean": [[0.5, 0.75, 1.0], [0.0, 0.125, 0.25]], "rows": [9, 9, 4]}
+    run.add("reflect", "generate", generate, rows=9, alignment=matrix)
+
+
 def add_pruned(run):
     stage = run.add("prune", "compress", job(CompressJob, model={"path": "m"}, calibration={"data": [CHAT]}))
     parts = {"total": 1000, "embedding": 100, "attention": 300, "mlp": 590, "norm": 10, "head": 0}
@@ -142,6 +149,17 @@ def test_each_section_shows_its_artifacts_numbers(run):
     assert "4 trials 1 stopped early 2 for 2 model shapes engines started" in text
     assert "16 0.0 85.0 % 82.0 – 88.0 · n 500 150 completed unbeaten 890,000 14,400" in text
     assert page_of(folder).count("<svg") >= 8
+
+
+def test_the_alignment_matrix_is_a_heat_map(run):
+    add_aligned(run)
+    _, folder = make(run)
+    page = page_of(folder)
+    assert "Replies aligned with the instruction, reflect" in text_of(page)
+    svg = page[page.index("Mean alignment of the student") :].split("</svg>")[0]
+    for cell in ("0.50", "0.75", "1.00", "0.00", "0.12", "0.25", "easy", "expert", "n = 4"):
+        assert f">{cell}<" in svg.replace("> ", ">").replace(" <", "<"), cell
+    assert svg.count("var(--after)") == 6
 
 
 def test_tables_hold_what_the_sections_show(run):

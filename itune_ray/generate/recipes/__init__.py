@@ -19,6 +19,12 @@ RECIPES = {
     "grounded": "itune_ray.generate.recipes.grounded:Grounded",
     "multi_document": "itune_ray.generate.recipes.multi_document:MultiDocument",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
+    "mosaic": "itune_ray.generate.recipes.mosaic:Mosaic",
+    "technique": "itune_ray.generate.recipes.technique:Technique",
+    "augment": "itune_ray.generate.recipes.augment:Augment",
+    "reflective_learning": "itune_ray.generate.recipes.reflective_learning:ReflectiveLearning",
+    "task_tokens": "itune_ray.generate.recipes.task_tokens:TaskTokens",
+    "mcts": "itune_ray.generate.recipes.mcts:Mcts",
 }
 """Recipe type -> class, built with its config."""
 

@@ -1,10 +1,11 @@
 """Recipes that make a row by several calls, where what one call says decides the next."""
 
+import asyncio
 import copy
 import dataclasses
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from itune_ray.data.ledger import Outcome
@@ -181,6 +182,15 @@ class Calls:
             )
             for index, outcome in enumerate(outcomes)
         ]
+
+
+async def together(calls: Sequence[Awaitable[T]]) -> list[T]:
+    """The results of calls made at once, in their order; when some end the row, all are awaited, the first counts."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 class Chain(ABC):
