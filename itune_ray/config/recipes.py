@@ -148,6 +148,19 @@ class EvolInstructConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+class ConstitutionalConfig(RecipeBase):
+    """Answers criticised and revised under principles, a row per revision (Bai et al. 2022, methods D13). `sampling` is
+    that of all calls; the paper's temperature is 1."""
+
+    type: Literal["constitutional"] = "constitutional"
+    revisions: Positive = 4
+    """Under a principle each, drawn per row and revision."""
+    direct_revision: bool = False
+    """Revise without a critique first: half the calls; large models lose little."""
+    principles: str | None = None
+    """A YAML or JSON file, `{principles: [{id, critique, revision}, ...], examples: [...]}`; default: 16 of our own."""
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -158,6 +171,12 @@ class CustomRecipeConfig(RecipeBase):
 
 
 RecipeConfig = Annotated[
-    RespondConfig | PreferenceConfig | SelfInstructConfig | TeacherTopkConfig | EvolInstructConfig | CustomRecipeConfig,
+    RespondConfig
+    | PreferenceConfig
+    | SelfInstructConfig
+    | TeacherTopkConfig
+    | EvolInstructConfig
+    | ConstitutionalConfig
+    | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

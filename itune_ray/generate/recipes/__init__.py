@@ -12,6 +12,7 @@ RECIPES = {
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
+    "constitutional": "itune_ray.generate.recipes.constitutional:Constitutional",
 }
 """Recipe type -> class, built with its config."""
 
