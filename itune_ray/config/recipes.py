@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
@@ -161,6 +161,31 @@ class ConstitutionalConfig(RecipeBase):
     """A YAML or JSON file, `{principles: [{id, critique, revision}, ...], examples: [...]}`; default: 16 of our own."""
 
 
+class PreferenceLabelConfig(RecipeBase):
+    """Which of a row's two answers is better, as a model sees it in both orders (Bai et al. 2022, Lee et al. 2023,
+    methods D14 and D15). `teacher` is the labeler; it is greedy, whatever `sampling` says."""
+
+    type: Literal["preference_label"] = "preference_label"
+    criterion: Literal["principles", "general"] = "principles"
+    """`principles`: a question drawn per row from the file; `general`: one question about good answers for all."""
+    principles: str | None = None
+    """A YAML or JSON file, `{principles: [{id, question}, ...]}`; default: 16 of our own."""
+    reasons_first: bool = False
+    """The model argues before it chooses (chain of thought), and the label is clamped."""
+    clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
+    """With reasons, labels are held in [1 - clamp, clamp]."""
+    tie: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
+    """Rows with |p - 0.5| below this are rejected; at 0 an exact tie keeps the row's own order."""
+    logprobs: Positive = 20
+    """First tokens that the engine lists; at most `engine.max_logprobs`."""
+
+    @model_validator(mode="after")
+    def _not_all_ties(self) -> "PreferenceLabelConfig":
+        if self.reasons_first and self.tie >= self.clamp - 0.5:
+            raise ValueError(f"tie {self.tie} leaves no label: with reasons_first it must be below clamp - 0.5")
+        return self
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -177,6 +202,7 @@ RecipeConfig = Annotated[
     | TeacherTopkConfig
     | EvolInstructConfig
     | ConstitutionalConfig
+    | PreferenceLabelConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

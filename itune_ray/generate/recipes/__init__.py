@@ -13,6 +13,7 @@ RECIPES = {
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
     "constitutional": "itune_ray.generate.recipes.constitutional:Constitutional",
+    "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
 }
 """Recipe type -> class, built with its config."""
 
