@@ -186,6 +186,26 @@ class PreferenceLabelConfig(RecipeBase):
         return self
 
 
+class DialogueConfig(RecipeBase):
+    """Dialogues of several turns whose assistant turns are all the teacher's (methods D04)."""
+
+    type: Literal["dialogue"] = "dialogue"
+    mode: Literal["replay", "self_chat"] = "replay"
+    """`replay`: the rows are dialogues, and each of their answers is made anew after those made before it; `self_chat`:
+    the rows open dialogues, and a simulated user goes on. What that user wants may stand in `meta.goal`."""
+    turns: Positive = 4
+    """Self-chat: answers at most."""
+    end_marker: Annotated[str, Field(min_length=1)] = "[END]"
+    """Self-chat: what the simulated user writes when it has got what it wanted."""
+    user: ServedModel | None = None
+    """Self-chat: who plays the user; default: the teacher."""
+    user_sampling: SamplingConfig = SamplingConfig(max_tokens=256)
+
+    def served(self) -> dict[str, ServedModel]:
+        """The user, where it is a model of its own."""
+        return {} if self.user is None else {"user": self.user}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -203,6 +223,7 @@ RecipeConfig = Annotated[
     | EvolInstructConfig
     | ConstitutionalConfig
     | PreferenceLabelConfig
+    | DialogueConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

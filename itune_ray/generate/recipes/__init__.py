@@ -14,6 +14,7 @@ RECIPES = {
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
     "constitutional": "itune_ray.generate.recipes.constitutional:Constitutional",
     "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
+    "dialogue": "itune_ray.generate.recipes.dialogue:Dialogue",
 }
 """Recipe type -> class, built with its config."""
 
