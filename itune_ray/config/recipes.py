@@ -206,6 +206,17 @@ class DialogueConfig(RecipeBase):
         return {} if self.user is None else {"user": self.user}
 
 
+class ReflectionConfig(RecipeBase):
+    """Rows reviewed and rewritten, first the instruction and then the answer (Li et al. 2023, methods D11). `sampling`
+    is that of the reviews; the paper's is greedy with 2048 tokens."""
+
+    type: Literal["reflection"] = "reflection"
+    passes: Annotated[tuple[Literal["instruction", "answer"], ...], Field(min_length=1)] = ("instruction", "answer")
+    """What is rewritten, in this order; with one pass alone the row is a version of selective reflection (D12)."""
+    retry: SamplingConfig = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=2048)
+    """How the second try is sampled: a greedy one would repeat the first."""
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -224,6 +235,7 @@ RecipeConfig = Annotated[
     | ConstitutionalConfig
     | PreferenceLabelConfig
     | DialogueConfig
+    | ReflectionConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

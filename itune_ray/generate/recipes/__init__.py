@@ -15,6 +15,7 @@ RECIPES = {
     "constitutional": "itune_ray.generate.recipes.constitutional:Constitutional",
     "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
     "dialogue": "itune_ray.generate.recipes.dialogue:Dialogue",
+    "reflection": "itune_ray.generate.recipes.reflection:Reflection",
 }
 """Recipe type -> class, built with its config."""
 
