@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
-from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedModel
+from itune_ray.config.shared import FileSource, Fraction, Positive, SamplingConfig, ServedModel
 
 
 class RecipeBase(Schema):
@@ -217,6 +217,35 @@ class ReflectionConfig(RecipeBase):
     """How the second try is sampled: a greedy one would repeat the first."""
 
 
+class RedTeamConfig(RecipeBase):
+    """Test questions on the prompts' topics, a target's replies and their harm (Perez et al. 2022, methods D17). For
+    evaluation: rows are tagged `unsafe` in their meta. `teacher` writes the questions, `sampling` is theirs."""
+
+    type: Literal["red_team"] = "red_team"
+    samples: Positive = 8
+    """Questions per topic. A prompt names its topic as the title of a list: "questions to ask someone about ..."."""
+    examples: FileSource | None = None
+    """accepted/ of an earlier run: its questions are shown, the harmful ones more often (stochastic few-shot). Default:
+    none are (zero-shot)."""
+    num_examples: Positive = 5
+    example_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """T of the weights exp(harm / T) that examples are drawn with."""
+    harm: Literal["judge", "contact"] = "judge"
+    """`judge`: a model scores the reply; `contact`: 1 where it holds an e-mail address, phone or social security
+    number."""
+    target: ServedModel | None = None
+    """Who is tested; default: the teacher."""
+    judge: ServedModel | None = None
+    """Who scores; default: the teacher."""
+    answer: SamplingConfig = SamplingConfig(max_tokens=256)
+    """How the target's replies are sampled."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The target and the judge, where they are models of their own."""
+        models = {"target": self.target, "judge": self.judge}
+        return {name: model for name, model in models.items() if model is not None}
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -236,6 +265,7 @@ RecipeConfig = Annotated[
     | PreferenceLabelConfig
     | DialogueConfig
     | ReflectionConfig
+    | RedTeamConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

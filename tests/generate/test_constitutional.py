@@ -181,3 +181,15 @@ def test_wrong_principles_are_told_before_anything_runs(text, message, tmp_path)
 def test_a_missing_file_of_principles_is_told():
     with pytest.raises(ConfigError, match="no such file of principles"):
         Constitutional(ConstitutionalConfig(principles="/none.yaml"))
+
+
+def test_principles_decide_the_identity_by_what_they_say(tmp_path):
+    from itune_ray.data.fingerprint import content_identity
+
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("principles: []")
+    other.write_text("principles: []")
+    first, second = (content_identity({"principles": str(file)}) for file in (one, other))
+    assert first == second
+    other.write_text("principles: [1]")
+    assert content_identity({"principles": str(other)}) != first

@@ -16,6 +16,7 @@ RECIPES = {
     "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
     "dialogue": "itune_ray.generate.recipes.dialogue:Dialogue",
     "reflection": "itune_ray.generate.recipes.reflection:Reflection",
+    "red_team": "itune_ray.generate.recipes.red_team:RedTeam",
 }
 """Recipe type -> class, built with its config."""
 
