@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from itune_ray.config.shared import ModelRef, VllmEngineConfig
 from itune_ray.engine.base import Completion, Sampling
 from itune_ray.engine.llm import EngineLlm
 from itune_ray.errors import ConfigError
+from itune_ray.generate.recipes import preference_label
 from itune_ray.generate.recipes.preference_label import (
     PreferenceLabel,
     direct_score,
@@ -117,6 +119,15 @@ def test_distributions_are_averaged_and_not_their_logarithms():
     assert soft_label(one, two) != pytest.approx(p_first(((one[0] + two[1]) / 2, (one[1] + two[0]) / 2)), abs=0.05)
 
 
+def test_exchanging_the_orders_gives_one_minus_p():
+    rng = random.Random(0)
+    for _ in range(200):
+        one, two = ((rng.uniform(-9, 0), rng.uniform(-9, 0)) for _ in range(2))
+        assert p_first(one) + p_first(one[::-1]) == pytest.approx(1)
+        for clamp in (None, 0.6):
+            assert soft_label(one, two, clamp) + soft_label(two, one, clamp) == pytest.approx(1)
+
+
 def test_the_clamp_comes_after_averaging():
     assert soft_label((-0.01, -5.0), (-0.01, -5.0), clamp=0.6) == pytest.approx(0.5)
     sure, unsure = (-0.01, -5.0), (-0.6, -0.7)
@@ -206,6 +217,18 @@ def test_an_option_that_is_not_listed_is_scored_with_its_rival():
     assert scored == [A, B, A, B]
     silent = labelled(engine=Labeler(truthful, listed=(), scored=False))
     assert (silent.status, silent.reason) == ("rejected", "no_option")
+
+
+def test_an_impossible_option_has_no_label():
+    outcome = labelled(lambda first: (-math.inf, -0.1))
+    assert (outcome.status, outcome.reason) == ("rejected", "no_option")
+
+
+def test_options_of_several_tokens_are_scored_and_their_first_tokens_unasked(monkeypatch):
+    monkeypatch.setattr(preference_label, "option_ids", lambda tokenizer, option: ())
+    engine = Labeler(truthful)
+    assert facts(labelled(engine=engine))["p_chosen"] == facts(labelled())["p_chosen"]
+    assert [request.token_ids[-1] for request in engine.asked] == [A, B, A, B]
 
 
 def test_an_option_counts_all_its_single_tokens():

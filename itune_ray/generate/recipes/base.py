@@ -16,6 +16,9 @@ from itune_ray.data.records import Record
 from itune_ray.engine.base import Completion, Llm
 from itune_ray.errors import ConfigError
 
+SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+"""How transcripts name who speaks."""
+
 
 class Recipe(Protocol):
     """One method of making rows. Instances are pickled to the workers and hold no state between calls."""
@@ -115,6 +118,11 @@ def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
     """Text of the final message when it is a user's and says something."""
     last = messages[-1] if messages else None
     return last["content"] if last and last["role"] == "user" and last["content"].strip() else None
+
+
+def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as text, one paragraph per turn, each after the name of who speaks."""
+    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content'].strip()}" for m in messages)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -11,15 +10,14 @@ from pydantic import Field, model_validator
 from itune_ray.config.base import Schema
 from itune_ray.config.recipes import ConstitutionalConfig
 from itune_ray.data.ledger import Outcome
-from itune_ray.data.records import Message, Record
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.data.records import Record
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.principles import principles_text, read_principles
 
 HEADINGS = ("### Conversation", "### Critique", "### Revision")
 """How the sections of the template begin; each ends a reply that writes on."""
 SECTION = re.compile(r"^### (?:Conversation|Critique|Critique request|Revision|Revision request)\s*$", re.MULTILINE)
-SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
 class Principle(Schema):
@@ -126,11 +124,6 @@ class Constitutional(Chain):
         if SECTION.search(revision):
             raise EndedError("scaffold", raw=revision)
         return critique, revision
-
-
-def transcript(messages: Sequence[Message]) -> str:
-    """A chat as text, one paragraph per turn, each after the name of who speaks."""
-    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content'].strip()}" for m in messages)
 
 
 def _harmless(meta: dict[str, Any], *, is_revised: bool) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from itune_ray.config.recipes import DialogueConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.llm import sampling_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import SPEAKERS, builtin_prompt, last_user_turn, refused, render, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
-from itune_ray.generate.recipes.constitutional import SPEAKERS, transcript
 
 Ended = Literal["turn_cap", "end_marker", "repeated", "empty_user", "user_truncated"]
 """Why a self-chat stopped."""

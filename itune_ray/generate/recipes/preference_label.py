@@ -13,9 +13,8 @@ from itune_ray.config.recipes import PreferenceLabelConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
-from itune_ray.generate.recipes.constitutional import transcript
 from itune_ray.generate.recipes.principles import principles_text, read_principles
 from itune_ray.model.render import model_renderer
 
@@ -134,9 +133,9 @@ class PreferenceLabel(Chain):
         completion = await calls.llm.score([*prompt, *tokens], key=f"{calls.row.key}/{order}/{option}", top=1)
         entries = (calls.counted(completion).prompt_logprobs or ())[-len(tokens) :]
         found = [(entry or {}).get(token) for entry, token in zip(entries, tokens, strict=False)]
-        known = [value for value in found if value is not None]
+        known = [value for value in found if value is not None and math.isfinite(value)]
         if len(known) < len(tokens):
-            raise EndedError("no_option", raw=f"the engine gives no log-probability of {option!r}")
+            raise EndedError("no_option", raw=f"the engine gives no finite log-probability of {option!r}")
         return sum(known)
 
 
