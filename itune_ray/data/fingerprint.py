@@ -17,7 +17,9 @@ import pyarrow.fs as pafs
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ConfigError
 
-PATH_KEYS = frozenset({"path", "adapter", "tokenizer", "chat_template", "template", "import_path", "inputs"})
+PATH_KEYS = frozenset(
+    {"path", "adapter", "tokenizer", "chat_template", "template", "principles", "import_path", "inputs"}
+)
 """Config keys whose values name an input."""
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})

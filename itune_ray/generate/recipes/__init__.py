@@ -25,6 +25,11 @@ RECIPES = {
     "reflective_learning": "itune_ray.generate.recipes.reflective_learning:ReflectiveLearning",
     "task_tokens": "itune_ray.generate.recipes.task_tokens:TaskTokens",
     "mcts": "itune_ray.generate.recipes.mcts:Mcts",
+    "constitutional": "itune_ray.generate.recipes.constitutional:Constitutional",
+    "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
+    "dialogue": "itune_ray.generate.recipes.dialogue:Dialogue",
+    "reflection": "itune_ray.generate.recipes.reflection:Reflection",
+    "red_team": "itune_ray.generate.recipes.red_team:RedTeam",
 }
 """Recipe type -> class, built with its config."""
 

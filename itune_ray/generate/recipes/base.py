@@ -17,6 +17,9 @@ from itune_ray.data.records import Record
 from itune_ray.engine.base import Completion, Llm, Request
 from itune_ray.errors import ConfigError
 
+SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+"""How transcripts name who speaks."""
+
 
 class Recipe(Protocol):
     """One method of making rows. Instances are pickled to the workers and hold no state between calls.
@@ -148,6 +151,11 @@ def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
 def task_turn(instruction: str, input: str) -> str:
     """The user turn of a task: the instruction, a blank line and its input, where it has one."""
     return f"{instruction}\n\n{input}" if input else instruction
+
+
+def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as text, one paragraph per turn, each after the name of who speaks."""
+    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content'].strip()}" for m in messages)
 
 
 @lru_cache(maxsize=64)
