@@ -17,7 +17,7 @@ Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 class ClearInstruction(Schema):
     """A topic becomes an order with a deliverable, a least number of points per aspect, and evidence."""
 
-    name: Literal["clear_instruction"] = "clear_instruction"
+    type: Literal["clear_instruction"] = "clear_instruction"
     verb: str = "Explain"
     aspects: Texts
     min_items: Positive = 2
@@ -27,7 +27,7 @@ class ClearInstruction(Schema):
 class RolePlay(Schema):
     """A persona, an audience, and limits of style."""
 
-    name: Literal["role"] = "role"
+    type: Literal["role"] = "role"
     role: str
     audience: str
     style_rules: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class RolePlay(Schema):
 class ChainOfThought(Schema):
     """Reasoning step by step towards a named quantity."""
 
-    name: Literal["chain_of_thought"] = "chain_of_thought"
+    type: Literal["chain_of_thought"] = "chain_of_thought"
     trigger: str = "Reason step by step"
     target: str = "the answer"
     answer_tag: str | None = None
@@ -53,7 +53,7 @@ class Demo(Schema):
 class FewShot(Schema):
     """Worked examples, then the prompt as the next input with an empty label."""
 
-    name: Literal["few_shot"] = "few_shot"
+    type: Literal["few_shot"] = "few_shot"
     header: str
     demos: Annotated[tuple[Demo, ...], Field(min_length=1)]
     """Run decontamination over what comes of them: a demo may be a test item."""
@@ -66,7 +66,7 @@ class FewShot(Schema):
 class MultiDocument(Schema):
     """Numbered operations over documents in delimiters."""
 
-    name: Literal["multi_document"] = "multi_document"
+    type: Literal["multi_document"] = "multi_document"
     docs: Annotated[tuple[str, ...], Field(min_length=2)]
     kind: str = "documents"
     ops: Texts = (
@@ -80,7 +80,7 @@ class MultiDocument(Schema):
 class DomainSpecific(Schema):
     """A specialised assistant, someone who asks, a case, and required sections."""
 
-    name: Literal["domain_specific"] = "domain_specific"
+    type: Literal["domain_specific"] = "domain_specific"
     domain: str
     asker: str
     case: str
@@ -90,7 +90,7 @@ class DomainSpecific(Schema):
 class HallucinationGuard(Schema):
     """Answer only what is documented, else say so and fall back."""
 
-    name: Literal["hallucination_guard"] = "hallucination_guard"
+    type: Literal["hallucination_guard"] = "hallucination_guard"
     entity: str
     fallback: str = "the nearest alternative that is well established"
 
@@ -98,7 +98,7 @@ class HallucinationGuard(Schema):
 class PeftInspired(Schema):
     """A narrow specialist who attends to a list and nothing else."""
 
-    name: Literal["peft_inspired"] = "peft_inspired"
+    type: Literal["peft_inspired"] = "peft_inspired"
     speciality: str
     expertise: str
     focus: Texts
@@ -107,7 +107,7 @@ class PeftInspired(Schema):
 class Multilingual(Schema):
     """The same answer in several languages."""
 
-    name: Literal["multilingual"] = "multilingual"
+    type: Literal["multilingual"] = "multilingual"
     langs: Annotated[tuple[str, ...], Field(min_length=2)]
     count: Positive = 1
     """Answers per language."""
@@ -116,7 +116,7 @@ class Multilingual(Schema):
 class SelfEvaluation(Schema):
     """A solution by steps, then a fixed review of it."""
 
-    name: Literal["self_evaluation"] = "self_evaluation"
+    type: Literal["self_evaluation"] = "self_evaluation"
     checks: Texts = (
         "Check each step.",
         "Verify the result by another way.",
@@ -128,7 +128,7 @@ class SelfEvaluation(Schema):
 class ValueAligned(Schema):
     """An adviser who weighs ethical dimensions evenly."""
 
-    name: Literal["value_aligned"] = "value_aligned"
+    type: Literal["value_aligned"] = "value_aligned"
     system: str
     dimensions: Annotated[tuple[str, ...], Field(min_length=2)]
 
@@ -152,7 +152,7 @@ class ChainStep(Schema):
 class Compositional(Schema):
     """Steps of which later ones consume what earlier ones gave."""
 
-    name: Literal["compositional"] = "compositional"
+    type: Literal["compositional"] = "compositional"
     steps: Annotated[tuple[ChainStep, ...], Field(min_length=2)]
 
     @model_validator(mode="after")
@@ -173,7 +173,7 @@ class SubTask(Schema):
 class TaskDecomposition(Schema):
     """A goal and numbered parts that do not depend on each other."""
 
-    name: Literal["task_decomposition"] = "task_decomposition"
+    type: Literal["task_decomposition"] = "task_decomposition"
     goal: str
     subtasks: Annotated[tuple[SubTask, ...], Field(min_length=2)]
 
@@ -181,7 +181,7 @@ class TaskDecomposition(Schema):
 class BiasMitigation(Schema):
     """Several subjects in place of one, spread over axes of representation."""
 
-    name: Literal["bias_mitigation"] = "bias_mitigation"
+    type: Literal["bias_mitigation"] = "bias_mitigation"
     n: Annotated[int, Field(ge=2)] = 3
     axes: Texts
     highlights: Texts
@@ -190,7 +190,7 @@ class BiasMitigation(Schema):
 class ContextualGrounding(Schema):
     """A context before the instruction."""
 
-    name: Literal["contextual_grounding"] = "contextual_grounding"
+    type: Literal["contextual_grounding"] = "contextual_grounding"
     context: str
     variation: str | None = None
     """What varies within the context and must be heeded."""
@@ -206,7 +206,7 @@ class SkeletonPart(Schema):
 class OutputFormat(Schema):
     """A skeleton that the answer fills."""
 
-    name: Literal["output_format"] = "output_format"
+    type: Literal["output_format"] = "output_format"
     skeleton: Annotated[tuple[SkeletonPart, ...], Field(min_length=1)]
 
 
@@ -227,7 +227,7 @@ Technique = Annotated[
     | BiasMitigation
     | ContextualGrounding
     | OutputFormat,
-    Field(discriminator="name"),
+    Field(discriminator="type"),
 ]
 TechniqueName = Literal[
     "clear_instruction",
@@ -258,7 +258,7 @@ def check_composition(techniques: Sequence[Technique], filled: Sequence[Techniqu
         techniques: Those whose parameters are given.
         filled: Those whose parameters the model gives.
     """
-    names = [*(technique.name for technique in techniques), *filled]
+    names = [*(technique.type for technique in techniques), *filled]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{twice[0]} is named twice: a technique applies once")

@@ -228,10 +228,10 @@ def enhanced(basic: str, techniques: Sequence[Technique]) -> str:
         TechniqueError: One of them is in the prompt already (`already_applied`), or cannot be applied to it.
     """
     prompt = Sections(basic.strip())
-    for technique in sorted(techniques, key=lambda t: _RANK[t.name]):
-        entry = TECHNIQUES[technique.name]
+    for technique in sorted(techniques, key=lambda t: _RANK[t.type]):
+        entry = TECHNIQUES[technique.type]
         if entry.marker in basic:
-            raise TechniqueError("already_applied", f"{technique.name} is in the prompt already")
+            raise TechniqueError("already_applied", f"{technique.type} is in the prompt already")
         prompt = entry.apply(prompt, technique)
     return prompt.text()
 

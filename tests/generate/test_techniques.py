@@ -78,7 +78,7 @@ RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 
 
 def technique(name, **params):
-    return TypeAdapter(Technique).validate_python({"name": name, **PARAMS[name], **params})
+    return TypeAdapter(Technique).validate_python({"type": name, **PARAMS[name], **params})
 
 
 def test_there_are_sixteen_and_each_is_tested():
@@ -198,7 +198,7 @@ def test_the_teacher_may_give_the_parameters(name):
     def script(turn, index):
         if "JSON schema" in turn:
             assert BASIC in turn
-            assert '"name"' not in turn.split("what they are:")[1]
+            assert f'"const": "{name}"' not in turn, "the type is known"
             return f"```json\n{json.dumps(PARAMS[name])}\n```"
         seen.append(turn)
         return "## Parts\n- a\n- b\n## Costs\n- c"

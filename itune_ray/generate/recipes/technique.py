@@ -20,9 +20,9 @@ from itune_ray.generate.recipes.chain import Calls, Chain, together
 from itune_ray.generate.techniques import TechniqueError, broken_format, enhanced
 
 KINDS: Mapping[str, type[Schema]] = {
-    kind.model_fields["name"].default: kind for kind in typing.get_args(typing.get_args(Params)[0])
+    kind.model_fields["type"].default: kind for kind in typing.get_args(typing.get_args(Params)[0])
 }
-"""Name -> parameters of a technique."""
+"""Type -> parameters of a technique."""
 _PARAMS: TypeAdapter[Params] = TypeAdapter(Params)
 
 
@@ -57,7 +57,7 @@ class Technique(Chain):
         kept = asked if self._config.store == "enhanced" else row.prompt
         fields: dict[str, Any] = {
             "messages": (*kept, {"role": "assistant", "content": answer}),
-            "recipe": "+".join(["technique", *(technique.name for technique in techniques)]),
+            "recipe": "+".join(["technique", *(technique.type for technique in techniques)]),
             "meta": {**row.meta, "techniques": [technique.model_dump(mode="json") for technique in techniques]},
             "round": row.round + 1,
             "finish_reason": "stop",
@@ -69,7 +69,7 @@ class Technique(Chain):
         """A technique with the parameters that the teacher gives for a prompt; no template is rendered in them."""
         kind = KINDS[name]
         schema = kind.model_json_schema()
-        schema["properties"].pop("name")
+        schema["properties"].pop("type")
         purpose = (kind.__doc__ or "").strip()
         asked = render(self.prompts["fill"], task=basic, purpose=purpose, schema=json.dumps(schema, indent=1))
         return await calls.parsed(
@@ -85,7 +85,7 @@ def parse_parameters(reply: str, name: TechniqueName) -> Params | None:
         return None
     try:
         given = json.loads(text)
-        return _PARAMS.validate_python({**given, "name": name}) if isinstance(given, dict) else None
+        return _PARAMS.validate_python({**given, "type": name}) if isinstance(given, dict) else None
     except ValueError:  # no JSON, or other parameters than the technique has
         return None
 
