@@ -100,6 +100,31 @@ class JudgeConfig(FilterConfig):
     commit: CommitConfig = CommitConfig()
 
 
+class IfdConfig(FilterConfig):
+    """Instruction-following difficulty: how little the prompt helps a model to predict the answer (Cherry,
+    Superfiltering, methods D31)."""
+
+    beside_identity = frozenset({"commit"})
+
+    type: Literal["ifd"] = "ifd"
+    model: ServedModel
+    """Scores two sequences per row, and generates nothing."""
+    definition: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
+    """loss_ratio: s(A|Q) / s(A) (Cherry). perplexity_ratio: exp(s(A|Q) - s(A)) (Superfiltering). They rank rows
+    differently; changing it scores nothing again."""
+    low: float | None = None
+    """Rows below go as `low_ifd`."""
+    high: float | None = 1.0
+    """Rows above go as `high_ifd`: the prompt does not help. By perplexity_ratio also those at it, as published."""
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of all rows that reach the filter, the highest of those within the bounds; default: every row within."""
+    min_tokens: Positive = 5
+    """Shorter answers give noisy ratios and go as `short_answer`."""
+    max_length: Positive | None = None
+    """Rows of more tokens go as `too_long` unscored, never cut; default: what the engine can hold."""
+    commit: CommitConfig = CommitConfig()
+
+
 class HumanRatingConfig(FilterConfig):
     """Keep rows whose mean human rating clears a threshold, and report Q_manual (survey eq. 1, methods D01)."""
 
@@ -127,6 +152,7 @@ AnyFilter = Annotated[
     | MinhashDedupConfig
     | GraderConfig
     | JudgeConfig
+    | IfdConfig
     | HumanRatingConfig
     | CustomFilterConfig,
     Field(discriminator="type"),

@@ -101,11 +101,14 @@ class Board:
 
     def score(self, filter_name: str, row: int, score: float) -> None:
         """Note a score, in the filter's own column and as the row's last."""
-        if math.isnan(score):
-            return
-        column = self._scores.setdefault(filter_name, np.full(len(self._standing), np.nan))
-        column[row] = score
-        self._standing[row].score = score
+        self.measure(filter_name, row, score)
+        if not math.isnan(score):
+            self._standing[row].score = score
+
+    def measure(self, name: str, row: int, value: float) -> None:
+        """Note a figure in a column of its own; NaN says nothing."""
+        if not math.isnan(value):
+            self._scores.setdefault(name, np.full(len(self._standing), np.nan))[row] = value
 
     def score_of(self, filter_name: str, row: int) -> float:
         """What a filter scored the row; NaN where it did not."""

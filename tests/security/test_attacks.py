@@ -184,12 +184,12 @@ def test_what_planted_words_do_to_the_judge_is_measured(tmp_path, gullible, rais
         validate(CurateJob, {"name": "x", "inputs": [{"source": PLAYGROUND}], "filters": [config]}, "x").filters[0]
     )
     records = [tiny.chat(f"question {i}", f"answer {i}", position=i) for i in range(30)]
-    planted = judge.planted(records)
-    assert judge.planted(records[::-1]) == planted, "whatever the order of the rows"
+    planted = judge.probes(records)
+    assert judge.probes(records[::-1]) == planted, "whatever the order of the rows"
     assert len({record.response.removeprefix("answer ")[2:] for record in planted.values()}) >= 3
     ledger = Ledger(Folder.at(tmp_path))
     rate_all([*records, *planted.values()], judge, lambda: Rater(gullible), ledger, 4)
-    facts = judge.injection(planted, ratings(ledger))
+    facts = judge.facts(planted, ratings(ledger))
     assert facts == {"planted": 12, "raised_by_planted_words": raised, "mean_rise": mean}
 
 

@@ -13,6 +13,7 @@ FILTERS = {
     "minhash_dedup": "itune_ray.curate.filters.minhash_dedup:MinhashDedup",
     "grader": "itune_ray.curate.filters.grader:Grader",
     "judge": "itune_ray.curate.filters.judge:JudgeFilter",
+    "ifd": "itune_ray.curate.filters.ifd:Ifd",
     "human_rating": "itune_ray.curate.filters.human_rating:HumanRating",
     "custom": "itune_ray.curate.filters.custom:Custom",
 }

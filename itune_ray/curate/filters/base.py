@@ -1,19 +1,28 @@
 """The filter contract: a row in, a verdict with its reason out; every reason is counted and every reject is kept.
 
 Three kinds. A row filter judges one row by itself. A group filter compares rows with each other. A model filter asks a
-model. Most filters are row filters, and so are the user's own.
+model about each. Most filters are row filters, and so are the user's own.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from itune_ray.config.base import digest
+from itune_ray.config.generate import CommitConfig
+from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.dedup import Duplicates
+from itune_ray.data.fingerprint import content_identity
+from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.engine.base import Llm
+
+MAX_ATTEMPTS = 3
+"""How often a model is asked about a content before its row counts as failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,8 @@ class Settled:
     """Keys of rejected rows that stay after all."""
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Figures for the manifest, JSON values."""
+    dropped: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Key of each kept row that goes after all -> why."""
 
 
 class Filter(ABC):  # noqa: B024  what is abstract depends on the kind
@@ -103,3 +114,92 @@ class GroupFilter(Filter):
     def facts(self) -> dict[str, Any]:
         """Figures for the manifest."""
         return {}
+
+
+class AskingConfig(Protocol):
+    """What the config of every model filter has."""
+
+    @property
+    def commit(self) -> CommitConfig:
+        """When ratings become durable."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """As in `Schema`."""
+        ...
+
+
+class ModelFilter(Filter):
+    """Asks a model about each distinct content once.
+
+    Ratings are stored by content and by what decides them, beside the artifacts of a run: a setting that only chooses
+    among ratings asks nothing again.
+    """
+
+    config: AskingConfig
+    selection: ClassVar[frozenset[str]] = frozenset({"only", "commit"})
+    """Settings that choose among ratings and leave the ratings themselves alone."""
+
+    @property
+    @abstractmethod
+    def served(self) -> ServedModel:
+        """The model that is asked."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How it answers."""
+        return SamplingConfig(temperature=0.0, top_p=1.0)
+
+    def ratings_id(self, seed: int) -> str:
+        """Names the ratings by all that decides them: model, engine, sampling, the filter's own settings and seed."""
+        config = {name: value for name, value in self.config.identity().items() if name not in self.selection}
+        return digest([content_identity(config), self.identity(), seed])
+
+    def unfit(self, record: Record) -> str | None:
+        """Why the model need not be asked about a row; by default that it has no answer."""
+        return None if (record.response or "").strip() else "no_answer"
+
+    @abstractmethod
+    async def rate(self, record: Record, llm: Llm, attempt: int) -> Outcome:
+        """What the model says of one content. `accepted` means rated, `rejected` that the reply says nothing."""
+
+    @abstractmethod
+    def verdict(self, rating: Outcome) -> Verdict:
+        """What a stored rating means for the row."""
+
+    def measures(self, rating: Outcome) -> Mapping[str, float]:
+        """Figures of a rating beside its score; each becomes a column `score_FILTER_NAME`."""
+        return {}
+
+    def probes(self, records: Sequence[Record]) -> Mapping[str, Record]:
+        """What is asked beside the rows themselves: content hash of a row -> a changed copy of it."""
+        return {}
+
+    def check(self, replies: int, unscored: int) -> None:
+        """Stop the job by raising when too many replies say nothing."""
+
+    def settle(self, seen: Seen) -> Settled:
+        """Look at all verdicts at once."""
+        return Settled()
+
+    def facts(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
+        """Figures for the manifest, from the ratings by content hash."""
+        return {}
+
+
+def unanswered(record: Record, error: str, retryable: bool, attempt: int) -> Outcome:
+    """The rating of a content whose question failed; what asking again cannot mend has no attempt left."""
+    attempts = attempt if retryable else MAX_ATTEMPTS
+    asked = blank(record)
+    return Outcome(record=asked, input_key=record.content_hash, status="failed", cause=error, attempts=attempts)
+
+
+def blank(record: Record, num_tokens: int | None = None, num_prompt_tokens: int | None = None) -> Record:
+    """The record of a rating: where the row came from and what the question cost, without its text."""
+    return Record(
+        source=record.source,
+        position=record.position,
+        sample=record.sample,
+        num_tokens=num_tokens,
+        num_prompt_tokens=num_prompt_tokens,
+    )
