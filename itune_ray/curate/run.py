@@ -12,11 +12,22 @@ from typing import Any
 import pyarrow as pa
 
 from itune_ray import cluster, room
-from itune_ray.config.curate import CurateJob
+from itune_ray.config.curate import CurateJob, HashedEmbedder
 from itune_ray.curate.board import Board
-from itune_ray.curate.filters.base import GroupFilter, ModelFilter, RowFilter, Seen, Settled
+from itune_ray.curate.embeddings import Vectors, hashed_vectors, model_vectors
+from itune_ray.curate.filters.base import (
+    AnyEmbedder,
+    GroupFilter,
+    ModelFilter,
+    Reached,
+    RowFilter,
+    Seen,
+    SetFilter,
+    Settled,
+)
 from itune_ray.curate.judging import rate_all, ratings, unrated
 from itune_ray.curate.publish import publish
+from itune_ray.curate.references import read_reference
 from itune_ray.curate.steps import Step, check_steps, make_steps, passes
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
@@ -94,6 +105,8 @@ def _apply(group: Sequence[Step], state: Run) -> None:
         _ask(group[0], group[0].filter, state)
     elif isinstance(group[0].filter, GroupFilter):
         _deduplicate(group[0], group[0].filter, state)
+    elif isinstance(group[0].filter, SetFilter):
+        _choose(group[0], group[0].filter, state)
     else:
         _filter_rows(group, state)
     for step in group:
@@ -205,6 +218,38 @@ def _duplicates(texts: pa.Table, filter: GroupFilter, state: Run) -> Duplicates:
             return filter.duplicates(texts, _blocks(texts.num_rows, state.job))
         except RayError as error:
             raise _cause(error) from error
+
+
+# --- sets ----------------------------------------------------------------------------------------------------------
+
+
+def _choose(step: Step, filter: SetFilter, state: Run) -> None:
+    board = state.board
+    rows = board.alive(step.config.only)
+    place = {row: index for index, row in enumerate(rows)}
+    reached = Reached(
+        records=[board.record(row) for row in rows],
+        best_first=[place[row] for row in board.best_first(rows)],
+        seed=state.job.seed,
+        read=lambda reference: [read_reference(reference, board, row) for row in rows],
+        embed=lambda embedder, texts: _embed(embedder, texts, state),
+    )
+    choice = filter.choose(reached)
+    for index, row in enumerate(rows):
+        board.score(step.name, row, choice.scores.get(index, math.nan))
+        if (meta := choice.meta.get(index)) is not None:
+            board.annotate(row, meta)
+        if (dropped := choice.dropped.get(index)) is not None:
+            of = None if dropped.of is None else rows[dropped.of]
+            board.reject(row, dropped.reason, step.name, score=dropped.score, of=of)
+    state.facts[step.name] = {"reached": len(rows), **choice.facts}
+
+
+def _embed(embedder: AnyEmbedder, texts: Sequence[str], state: Run) -> Vectors:
+    if isinstance(embedder, HashedEmbedder):
+        return hashed_vectors(texts, embedder)
+    cluster.connect(state.job.run.ray, state.progress.say)
+    return model_vectors(texts, state.engines.pool(embedder.served).client, embedder)
 
 
 # --- models --------------------------------------------------------------------------------------------------------
