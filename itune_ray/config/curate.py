@@ -312,6 +312,38 @@ AnyFilter = Annotated[
 ]
 
 
+class EqualMixing(Schema):
+    """Every input the same share."""
+
+    type: Literal["equal"] = "equal"
+
+
+class TemperatureMixing(Schema):
+    """Shares ∝ n^(1/T) of the n rows kept."""
+
+    type: Literal["temperature"] = "temperature"
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+    """1 is in proportion to size."""
+
+
+class CappedMixing(Schema):
+    """Shares ∝ min(n, cap) (T5, FLAN)."""
+
+    type: Literal["capped"] = "capped"
+    cap: Positive = 3000
+
+
+class ManualMixing(Schema):
+    """Shares as given."""
+
+    type: Literal["manual"] = "manual"
+    rates: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
+    """Name of each input -> its share; scaled to sum to 1."""
+
+
+Mixing = Annotated[EqualMixing | TemperatureMixing | CappedMixing | ManualMixing, Field(discriminator="type")]
+
+
 class CurateWorkers(Holder):
     """Ray Data tasks that apply the filters to one block each."""
 
@@ -328,6 +360,11 @@ class CurateJob(Job):
     inputs: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     filters: tuple[AnyFilter, ...] = ()
     """In this order, each over what the ones before it kept."""
+    mixing: Mixing | None = None
+    """Set the weights of rows so that an epoch holds these shares of the inputs, counted after the filters (methods
+    D38); the inputs' own weights count as sizes. Default: weights as given."""
+    max_repeats: Annotated[float, Field(ge=1)] = 4.0
+    """Of `mixing`: the largest weight it gives; a smaller input than that can serve falls short of its share."""
     min_rows: Positive = 1
     """The job fails when fewer rows are kept: no training on an empty table, hours later."""
     blocks: Positive = 8

@@ -26,6 +26,7 @@ from itune_ray.curate.filters.base import (
     Settled,
 )
 from itune_ray.curate.judging import rate_all, ratings, unrated
+from itune_ray.curate.mixing import check_mixing
 from itune_ray.curate.publish import publish
 from itune_ray.curate.references import read_reference
 from itune_ray.curate.steps import Step, check_steps, make_steps, passes
@@ -86,6 +87,7 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         return artifact
     tables = [read_source(part.source) for part in job.inputs]
     check_steps(steps, tables)
+    check_mixing(job.mixing, [table.name for table in tables])
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
     state = Run(job, board, runs, engines, progress)

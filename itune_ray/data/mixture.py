@@ -32,7 +32,7 @@ def epoch_multiplicity(weight: float, key: str, seed: int, epoch: int = 0) -> in
 # --- rates ---------------------------------------------------------------------------------------------------------
 
 
-def temperature_rates(sizes: Sequence[int], temperature: float = 1.0) -> list[float]:
+def temperature_rates(sizes: Sequence[float], temperature: float = 1.0) -> list[float]:
     """Shares p_i ∝ n_i^(1/T): T = 1 is proportional, T → ∞ equal among the sources that have rows (methods D38).
 
     Raises:
@@ -41,7 +41,7 @@ def temperature_rates(sizes: Sequence[int], temperature: float = 1.0) -> list[fl
     return normalised([size ** (1 / temperature) if size else 0.0 for size in sizes])
 
 
-def capped_rates(sizes: Sequence[int], cap: int) -> list[float]:
+def capped_rates(sizes: Sequence[float], cap: float) -> list[float]:
     """Examples-proportional shares with a cap, r_i = min(n_i, K) / Σ_j min(n_j, K) (T5, FLAN)."""
     return normalised([min(size, cap) for size in sizes])
 
@@ -93,14 +93,11 @@ def capped_quotas(rates: Sequence[float], total: int, sizes: Sequence[int]) -> l
     return counts
 
 
-def mixture_weights(sizes: Sequence[float], rates: Sequence[float], max_repeats: float = math.inf) -> list[float]:
-    """The weight of each source's rows by which an epoch of as many rows as there are holds its share of them.
-
-    w_i = r_i Σ_j n_j / n_i, at most `max_repeats`: a small source repeated more often is learnt by heart. A capped
-    source falls short of its rate; nothing makes up for it.
-    """
+def mixture_weights(sizes: Sequence[float], rates: Sequence[float]) -> list[float]:
+    """The weight w_i = r_i Σ_j n_j / n_i of each source's rows, by which an epoch of Σ_j n_j rows holds its share of
+    them; 0 for a source without rows."""
     total = math.fsum(sizes)
-    return [min(rate * total / size, max_repeats) if size else 0.0 for size, rate in zip(sizes, rates, strict=True)]
+    return [rate * total / size if size else 0.0 for size, rate in zip(sizes, rates, strict=True)]
 
 
 # --- the union -----------------------------------------------------------------------------------------------------
@@ -186,8 +183,14 @@ class MixRow(TypedDict):
     """Kept rows times their multiplicity in epoch 0."""
 
 
-def mix_report(mixture: Mixture, kept: Iterable[Member], seed: int) -> list[MixRow]:
-    """Planned and realised shares of each part."""
+def mix_report(
+    mixture: Mixture, kept: Iterable[Member], seed: int, planned: Sequence[float] | None = None
+) -> list[MixRow]:
+    """Planned and realised shares of each part.
+
+    Args:
+        planned: What was planned after filtering, where that is not what the parts' weights ask for.
+    """
     rows_in = Counter(m.part for m in mixture.members) + Counter(part for part, _ in mixture.quarantined)
     mass_in, mass_kept = defaultdict[int, float](float), defaultdict[int, float](float)
     kept_rows, used = Counter[int](), Counter[int]()
@@ -203,7 +206,7 @@ def mix_report(mixture: Mixture, kept: Iterable[Member], seed: int) -> list[MixR
             "rows_in": rows_in[i],
             "kept": kept_rows[i],
             "weight": mixture.parts[i].weight,
-            "planned_share": _share(mass_in[i], sum(mass_in.values())),
+            "planned_share": _share(mass_in[i], sum(mass_in.values())) if planned is None else planned[i],
             "share": _share(mass_kept[i], sum(mass_kept.values())),
             "rows_per_epoch": used[i],
         }
