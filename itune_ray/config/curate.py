@@ -126,8 +126,8 @@ class JudgeConfig(FilterConfig):
     scale: tuple[float, float] = (0, 5)
     threshold: float = 4.5
     template: str | None = None
-    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}; default: the
-    built-in."""
+    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}, or a
+    built-in: `answer` (the default), or `complexity`, which rates how hard the instruction is."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=256)
     max_parse_fail: Fraction = 0.2
     """The job fails when more than this share of replies holds no score."""

@@ -15,6 +15,9 @@ from itune_ray.errors import ConfigError
 
 SYSTEM = "You rate how well assistants answer instructions. You are strict, and you judge only what is written."
 
+BUILTIN = {"answer": "judge.jinja", "complexity": "judge_complexity.jinja"}
+"""Templates by name: one rates the answer, the other how hard the instruction is (deita, methods D32)."""
+
 _MARKS = r"[\s*_`#(\[]*"
 _SCORE = re.compile(
     rf"^{_MARKS}(?:(?:final\s+)?(?:score|rating){_MARKS}[:=]?{_MARKS})?"
@@ -63,7 +66,8 @@ class Judge:
         dimension: What is rated, e.g. accuracy.
         scale: Lowest and highest score.
         template: A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}:
-            the last is a word made from both texts, so that none can hold the marks it makes. Default: the built-in.
+            the last is a word made from both texts, so that none can hold the marks it makes. Or the name of a
+            built-in, by default `answer`.
     """
 
     version = 2
@@ -118,11 +122,12 @@ def planted(response: str, number: int, high: float) -> str:
 
 
 def _read(template: str | None) -> str:
-    if template is None:
-        return (resources.files("itune_ray.engine") / "judge.jinja").read_text(encoding="utf-8")
-    if not Path(template).is_file():
-        raise ConfigError("no such template file", got=template, allowed="a Jinja file", knob="judge.template")
-    return Path(template).read_text(encoding="utf-8")
+    if (builtin := BUILTIN.get(template or "answer")) is not None:
+        return (resources.files("itune_ray.engine") / builtin).read_text(encoding="utf-8")
+    if not Path(template or "").is_file():
+        allowed = f"a Jinja file, or {', '.join(BUILTIN)}"
+        raise ConfigError("no such template file", got=template, allowed=allowed, knob="judge.template")
+    return Path(template or "").read_text(encoding="utf-8")
 
 
 def _number(text: str) -> float:

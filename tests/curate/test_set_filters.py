@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from itune_ray.curate.pacing import admitted, competence, percentile_ranks, stag
 from itune_ray.curate.tags import complexity_first, normalise_tag, parse_tags, tag_sets
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.records import Record, records_table
+from itune_ray.engine.base import Completion, Sample
 from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ConfigError, DataError
 from itune_ray.observe.progress import Progress
@@ -516,3 +518,32 @@ def test_the_order_of_the_rows_decides_nothing(tmp_path):
 def test_a_reference_to_nothing_is_told_before_anything_runs(tmp_path, filters, error, message):
     with pytest.raises(error, match=message):
         curate(tmp_path, filters, [{**r, "ratings": [3]} for r in ROWS])
+
+
+def test_deita_takes_its_scores_from_judges(tmp_path, monkeypatch):
+    """Two judges that keep every row, then their product; a reply without a score is none, not a 3."""
+    monkeypatch.setattr(stage.cluster, "connect", lambda *_: None)
+
+    class Rater:
+        async def generate(self, messages: Any, *, key: str, sampling: Any = None, n: int = 1) -> Completion:
+            asked = messages[-1]["content"]
+            complexity = "[Answer" not in asked
+            hard = next(str(6 - i) for i, r in enumerate(ROWS) if r["instruction"] in asked)
+            said = hard if complexity else "no idea" if "eight" in asked else "2"
+            return Completion(id=key, samples=(Sample(text=said, token_ids=(1,), finish_reason="stop"),))
+
+    host: Any = SimpleNamespace(pool=lambda _: SimpleNamespace(client=SimpleNamespace(llm=lambda *_: Rater())))
+    judge = {"type": "judge", "judge": {"model": {"path": "m"}}, "scale": [1, 6], "threshold": 1, "planted": 0}
+    filters = [
+        {**judge, "template": "complexity", "dimension": "complexity"},
+        {**judge, "dimension": "quality", "max_parse_fail": 0.5},
+        {"type": "deita", "complexity": "score.judge_1", "quality": "score.judge_2", "rows": 2},
+    ]
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    inputs = [{"source": {"type": "file", "path": str(file)}}]
+    job = validate(CurateJob, {"name": "run", "inputs": inputs, "filters": filters}, "x")
+    artifact = stage.run(job, RunStore(str(tmp_path), "run"), "curate", host, Progress(quiet=True))
+    kept = {r["key"]: r["score_deita"] for r in artifact.folder.read_table("kept").to_pylist()}
+    assert kept == {"in:0:0": 12.0, "in:3:0": 6.0}
+    assert artifact.manifest["funnel"]["rejected"] == {"no_score": 1, "similar": 1}
