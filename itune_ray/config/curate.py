@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.generate import CommitConfig
 from itune_ray.config.roles import Holder, Role
-from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel
+from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel, VllmEngineConfig
 
 
 class FilterConfig(Schema):
@@ -15,6 +15,43 @@ class FilterConfig(Schema):
 
     only: tuple[str, ...] = ()
     """Apply only to rows of these sources; default: to all."""
+
+
+Reference = Annotated[str, Field(pattern=r"^(length|(meta|score)\.[\w.-]+)$")]
+"""A number of each row: `length` (characters of its answer), `meta.NAME`, or `score.NAME`, the score of an earlier
+filter of the job by the filter's name (its type; `judge_1`, `judge_2` where there are two)."""
+TextKey = Literal["full", "prompt", "response"]
+
+
+class HashedEmbedder(Schema):
+    """A hashed bag of words: no model, and blind to synonyms."""
+
+    type: Literal["hashed"] = "hashed"
+    dimensions: Annotated[int, Field(ge=2)] = 1024
+    ngram: Positive = 2
+    """Longest run of words that is a feature."""
+
+
+class ModelEmbedder(Schema):
+    """A pool that serves an embedding model."""
+
+    beside_identity = frozenset({"batch"})
+
+    type: Literal["model"] = "model"
+    served: ServedModel
+    """A vLLM engine needs `extra: {runner: pooling, convert: embed}`."""
+    batch: Positive = 64
+    """Texts per call."""
+
+    @model_validator(mode="after")
+    def _engine_embeds(self) -> "ModelEmbedder":
+        engine = self.served.engine
+        if isinstance(engine, VllmEngineConfig) and engine.extra.get("runner") != "pooling":
+            raise ValueError("a vLLM engine embeds only with served.engine.extra={runner: pooling, convert: embed}")
+        return self
+
+
+Embedder = Annotated[HashedEmbedder | ModelEmbedder, Field(discriminator="type")]
 
 
 class LengthConfig(FilterConfig):
@@ -89,14 +126,39 @@ class JudgeConfig(FilterConfig):
     scale: tuple[float, float] = (0, 5)
     threshold: float = 4.5
     template: str | None = None
-    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}; default: the
-    built-in."""
+    """A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}, or a
+    built-in: `answer` (the default), or `complexity`, which rates how hard the instruction is."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=256)
     max_parse_fail: Fraction = 0.2
     """The job fails when more than this share of replies holds no score."""
     planted: Annotated[int, Field(ge=0)] = 12
     """So many of the answers are rated once more with words planted that ask for the best score; what that raises is
     in the manifest and the report."""
+    commit: CommitConfig = CommitConfig()
+
+
+class IfdConfig(FilterConfig):
+    """Instruction-following difficulty: how little the prompt helps a model to predict the answer (Cherry,
+    Superfiltering, methods D31)."""
+
+    beside_identity = frozenset({"commit"})
+
+    type: Literal["ifd"] = "ifd"
+    model: ServedModel
+    """Scores two sequences per row, and generates nothing."""
+    definition: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
+    """loss_ratio: s(A|Q) / s(A) (Cherry). perplexity_ratio: exp(s(A|Q) - s(A)) (Superfiltering). They rank rows
+    differently; changing it scores nothing again."""
+    low: float | None = None
+    """Rows below go as `low_ifd`."""
+    high: float | None = 1.0
+    """Rows above go as `high_ifd`: the prompt does not help. By perplexity_ratio also those at it, as published."""
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of all rows that reach the filter, the highest of those within the bounds; default: every row within."""
+    min_tokens: Positive = 5
+    """Shorter answers give noisy ratios and go as `short_answer`."""
+    max_length: Positive | None = None
+    """Rows of more tokens go as `too_long` unscored, never cut; default: what the engine can hold."""
     commit: CommitConfig = CommitConfig()
 
 
@@ -108,6 +170,117 @@ class HumanRatingConfig(FilterConfig):
     """Of ratings scaled to [0, 1]: 0.75 is 4 on a scale of 1 to 5."""
     q_min: Fraction | None = None
     """The job fails when the lower 95 % bound of Q_manual is below this."""
+
+
+class SemanticDedupConfig(FilterConfig):
+    """Drop rows whose embedding is near that of another row of their k-means cluster (SemDeDup, methods D28)."""
+
+    type: Literal["semantic_dedup"] = "semantic_dedup"
+    key: TextKey = "full"
+    embedder: Embedder = HashedEmbedder()
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Rows with a cosine above 1 - epsilon are duplicates."""
+    mode: Literal["greedy", "paper"] = "greedy"
+    """paper: a row goes for any row before it, even one that went, so that chains collapse. greedy: only for rows
+    that stay."""
+    order: Literal["hard", "easy", "random", "best"] = "hard"
+    """Which of two stays: the farther from its centroid (hard), the nearer (easy), by hash, or by the keep rule."""
+    clusters: Positive | None = None
+    """Default: one for every 1,000 rows."""
+    assignments: Annotated[int, Field(ge=1, le=4)] = 2
+    """Nearest clusters in which a row is compared: with 1, duplicates across a border are missed."""
+
+
+class SelectConfig(FilterConfig):
+    """Keep a subset of given size, D_sample = Sample(D, M) (survey eq. 15 and 16, methods D24)."""
+
+    type: Literal["select"] = "select"
+    strategy: Literal["hash", "stratified", "k_center", "longest", "score", "tags"] = "hash"
+    """hash: the M smallest hashes. stratified: by `by` in proportion. k_center: k-means, then farthest first in each
+    cluster. longest: the longest answers. score: the highest of `by`. tags: by the list `by` holds, most tags first,
+    each adding one that the pass has not seen (InsTag)."""
+    rows: Positive | None = None
+    """M; give this or `share`."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """α: M = max(1, ⌊αN⌋)."""
+    by: Reference | None = None
+    """For stratified (a meta field), score and tags (a meta field)."""
+    lowest: bool = False
+    """By score, take the lowest instead."""
+    clusters: Positive = 1
+    """For k_center; rows of each in proportion to its size."""
+    trim: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """For k_center: this share of each cluster, the farthest from its centroid, is not chosen: outliers."""
+    min_count: Positive = 1
+    """For tags: rarer tags are ignored."""
+    key: TextKey = "prompt"
+    embedder: Embedder = HashedEmbedder()
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SelectConfig":
+        if (self.rows is None) == (self.share is None):
+            raise ValueError("select needs rows or share, and not both")
+        if self.strategy in ("stratified", "score", "tags") and self.by is None:
+            raise ValueError(f"strategy {self.strategy} needs by, e.g. by=meta.task")
+        if self.strategy in ("stratified", "tags") and not (self.by or "").startswith("meta."):
+            raise ValueError(f"strategy {self.strategy} needs by to name a meta field, e.g. by=meta.task")
+        return self
+
+
+class DeitaConfig(FilterConfig):
+    """Best rows by complexity times quality that are unlike those taken before (deita, methods D32)."""
+
+    type: Literal["deita"] = "deita"
+    complexity: Reference
+    """c, e.g. `score.judge_1`, or a meta field that may hold a number per turn."""
+    quality: Reference
+    """q, likewise."""
+    turns: Literal["sum", "mean"] = "sum"
+    """How the products of several turns become one score; the sum favours long talks."""
+    rows: Positive
+    """Stop at so many rows."""
+    threshold: Annotated[float, Field(gt=-1, le=1)] = 0.9
+    """A row goes when its cosine to one taken before is above."""
+    key: TextKey = "full"
+    embedder: Embedder = HashedEmbedder()
+
+
+class DiverseConfig(FilterConfig):
+    """A sample with flattened sources and rules of style, as LIMA's (methods D36)."""
+
+    type: Literal["diverse"] = "diverse"
+    by: Reference
+    """The meta field that names the row's group, e.g. `meta.site`."""
+    rows: Positive
+    temperature: Annotated[float, Field(ge=1)] = 3.0
+    """Groups of n rows are drawn from by p ∝ n^(1/T): 1 is proportional, 3 flattens."""
+    score: Reference | None = None
+    """Votes or the like: the highest of each group are taken, by default those of smallest hash."""
+    min_score: float = 10.0
+    """Of `score`, where it is given."""
+    min_chars: Annotated[int, Field(ge=0)] = 1200
+    max_chars: Positive = 4096
+    first_person: bool = False
+    """Whether answers may say I or my outside of code and quotations."""
+    references: bool = False
+    """Whether answers may speak of other answers, or of what stands above."""
+
+
+class CurriculumConfig(FilterConfig):
+    """Write to `meta.curriculum` in which stage of training a row is admitted (methods D35); keeps every row."""
+
+    type: Literal["curriculum"] = "curriculum"
+    difficulty: Reference = "length"
+    mode: Literal["curriculum", "anti", "random"] = "curriculum"
+    """Easy first, hard first, or in stages by hash: the two controls."""
+    stages: Positive = 10
+    pacing: Literal["competence", "linear", "root", "quadratic", "exponential", "logarithmic", "step"] = "competence"
+    start: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of rows admitted at the beginning: c0 of competence, b of the others."""
+    full: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of training after which all rows are admitted: a; competence takes 1."""
+    power: Annotated[float, Field(gt=0)] = 2.0
+    """p of root pacing."""
 
 
 class CustomFilterConfig(FilterConfig):
@@ -127,10 +300,48 @@ AnyFilter = Annotated[
     | MinhashDedupConfig
     | GraderConfig
     | JudgeConfig
+    | IfdConfig
     | HumanRatingConfig
+    | SemanticDedupConfig
+    | SelectConfig
+    | DeitaConfig
+    | DiverseConfig
+    | CurriculumConfig
     | CustomFilterConfig,
     Field(discriminator="type"),
 ]
+
+
+class EqualMixing(Schema):
+    """Every input the same share."""
+
+    type: Literal["equal"] = "equal"
+
+
+class TemperatureMixing(Schema):
+    """Shares ∝ n^(1/T) of the n rows kept."""
+
+    type: Literal["temperature"] = "temperature"
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+    """1 is in proportion to size."""
+
+
+class CappedMixing(Schema):
+    """Shares ∝ min(n, cap) (T5, FLAN)."""
+
+    type: Literal["capped"] = "capped"
+    cap: Positive = 3000
+
+
+class ManualMixing(Schema):
+    """Shares as given."""
+
+    type: Literal["manual"] = "manual"
+    rates: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
+    """Name of each input -> its share; scaled to sum to 1."""
+
+
+Mixing = Annotated[EqualMixing | TemperatureMixing | CappedMixing | ManualMixing, Field(discriminator="type")]
 
 
 class CurateWorkers(Holder):
@@ -149,6 +360,11 @@ class CurateJob(Job):
     inputs: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     filters: tuple[AnyFilter, ...] = ()
     """In this order, each over what the ones before it kept."""
+    mixing: Mixing | None = None
+    """Set the weights of rows so that an epoch holds these shares of the inputs, counted after the filters (methods
+    D38); the inputs' own weights count as sizes. Default: weights as given."""
+    max_repeats: Annotated[float, Field(ge=1)] = 4.0
+    """Of `mixing`: the largest weight it gives; a smaller input than that can serve falls short of its share."""
     min_rows: Positive = 1
     """The job fails when fewer rows are kept: no training on an empty table, hours later."""
     blocks: Positive = 8

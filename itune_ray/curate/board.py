@@ -5,8 +5,9 @@ ever turn a standing row into a rejected or failed one; the outcome table at the
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,7 @@ class Board:
 
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
+        self._records = [member.record for member in mixture.members]
         self._standing = [Standing() for _ in mixture.members]
         self._scores: dict[str, NDArray[np.float64]] = {}
         for row, member in enumerate(mixture.members):
@@ -66,7 +68,21 @@ class Board:
 
     def record(self, row: int) -> Record:
         """The row of that number."""
-        return self.mixture.members[row].record
+        return self._records[row]
+
+    def annotate(self, row: int, meta: Mapping[str, Any]) -> None:
+        """Add entries to the row's `meta`."""
+        record = self._records[row]
+        self._records[row] = replace(record, meta={**record.meta, **meta})
+
+    def reweigh(self, row: int, factor: float) -> None:
+        """Multiply the row's weight."""
+        record = self._records[row]
+        self._records[row] = replace(record, weight=record.weight * factor)
+
+    def part(self, row: int) -> int:
+        """Index of the input that the row came from."""
+        return self.mixture.members[row].part
 
     def source(self, row: int) -> str:
         """Name of the input that the row came from."""
@@ -101,11 +117,14 @@ class Board:
 
     def score(self, filter_name: str, row: int, score: float) -> None:
         """Note a score, in the filter's own column and as the row's last."""
-        if math.isnan(score):
-            return
-        column = self._scores.setdefault(filter_name, np.full(len(self._standing), np.nan))
-        column[row] = score
-        self._standing[row].score = score
+        self.measure(filter_name, row, score)
+        if not math.isnan(score):
+            self._standing[row].score = score
+
+    def measure(self, name: str, row: int, value: float) -> None:
+        """Note a figure in a column of its own; NaN says nothing."""
+        if not math.isnan(value):
+            self._scores.setdefault(name, np.full(len(self._standing), np.nan))[row] = value
 
     def score_of(self, filter_name: str, row: int) -> float:
         """What a filter scored the row; NaN where it did not."""
@@ -122,7 +141,7 @@ class Board:
 
     def kept(self) -> Iterator[Member]:
         """Members that stand."""
-        return (self.mixture.members[row] for row in self.alive())
+        return (replace(self.mixture.members[row], record=self._records[row]) for row in self.alive())
 
     def outcomes(self) -> pa.Table:
         """Every row that came in, in `LEDGER_SCHEMA`, sorted by key.
@@ -131,7 +150,7 @@ class Board:
         (NaN where it did not).
         """
         members, quarantined = self.mixture.members, self.mixture.quarantined
-        records = records_table([m.record for m in members] + [o.record for _, o in quarantined])
+        records = records_table(self._records + [o.record for _, o in quarantined])
         parts = [m.part for m in members] + [part for part, _ in quarantined]
         ends = [*self._standing, *(_standing_of(outcome) for _, outcome in quarantined)]
         columns = {

@@ -1,9 +1,9 @@
-"""Asking the judge: each distinct content once, whatever interrupts it."""
+"""Asking the model of a filter: each distinct content once, whatever interrupts it."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from itune_ray.curate.filters.judge import MAX_ATTEMPTS, JudgeFilter
+from itune_ray.curate.filters.base import MAX_ATTEMPTS, ModelFilter
 from itune_ray.data.ledger import Committer, Ledger, Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
@@ -14,14 +14,14 @@ OnProgress = Callable[[int, int], None]
 
 
 def unrated(records: Sequence[Record], ledger: Ledger) -> dict[str, Record]:
-    """Content hash -> one record of it, for contents that still need the judge."""
+    """Content hash -> one record of it, for contents the model was not asked about, or in vain."""
     settled = ledger.settled(MAX_ATTEMPTS)
     return {r.content_hash: r for r in reversed(records) if r.content_hash not in settled}
 
 
 def rate_all(
     records: Sequence[Record],
-    judge: JudgeFilter,
+    filter: ModelFilter,
     llm_of: Callable[[], Llm],
     ledger: Ledger,
     in_flight: int,
@@ -30,14 +30,14 @@ def rate_all(
     """Rate every content that is not rated; failures that may mend are asked again. Returns the tokens generated.
 
     Args:
-        llm_of: The judge's model; called once per pass, only when something is to be asked.
+        llm_of: The model; called once per pass, only when something is to be asked.
         in_flight: Questions under way at once.
     """
     tokens = 0
     total = len({record.content_hash for record in records})
     while pending := unrated(records, ledger):
         attempts = ledger.attempts()
-        commit = judge.config.commit
+        commit = filter.config.commit
         done = total - len(pending)
         with Committer(ledger, commit.rows, commit.seconds) as committer:
 
@@ -49,13 +49,13 @@ def rate_all(
                 metrics.count("itune_tokens_total", outcome.record.num_tokens or 0, kind="generated")
                 on_progress(done, tokens)
 
-            asyncio.run(_ask(iter(pending.items()), judge, llm_of(), attempts, in_flight, settle))
+            asyncio.run(_ask(iter(pending.items()), filter, llm_of(), attempts, in_flight, settle))
     return tokens
 
 
 async def _ask(
     pending: Iterator[tuple[str, Record]],
-    judge: JudgeFilter,
+    filter: ModelFilter,
     llm: Llm,
     attempts: Mapping[str, int],
     in_flight: int,
@@ -63,7 +63,7 @@ async def _ask(
 ) -> None:
     async def worker() -> None:
         for key, record in pending:
-            settle(await judge.rate(record, llm, attempts.get(key, 0) + 1))
+            settle(await filter.rate(record, llm, attempts.get(key, 0) + 1))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate.board import Board
+from itune_ray.curate.mixing import mix
 from itune_ray.data.artifact import Artifact
 from itune_ray.data.ledger import Funnel, funnel_of, publish_table
 from itune_ray.data.mixture import Mixture, mix_report
@@ -28,10 +29,11 @@ def publish(
     Raises:
         DataError: Fewer than `min_rows` rows are kept; the tables are written all the same, to be looked at.
     """
+    planned = None if job.mixing is None else mix(job.mixing, board, job.max_repeats)
     table = board.outcomes()
     funnel = balanced(table, board.mixture)
     publish_table(table, artifact.folder, {"accepted": "kept"})
-    artifact.folder.write_json("mix_report.json", mix_report(board.mixture, board.kept(), job.seed))
+    artifact.folder.write_json("mix_report.json", mix_report(board.mixture, board.kept(), job.seed, planned))
     _check_min_rows(job, funnel, artifact)
     sources = [{"source": t.name, "layout": t.layout, "revision": t.revision, "rows": t.rows_in} for t in tables]
     artifact.finish(funnel=funnel.to_json(), rows=funnel.accepted, sources=sources, yields=by_recipe(table), **facts)

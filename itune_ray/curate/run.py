@@ -12,19 +12,29 @@ from typing import Any
 import pyarrow as pa
 
 from itune_ray import cluster, room
-from itune_ray.config.curate import CurateJob
+from itune_ray.config.curate import CurateJob, HashedEmbedder
 from itune_ray.curate.board import Board
-from itune_ray.curate.filters.base import GroupFilter, RowFilter, Seen
-from itune_ray.curate.filters.judge import JudgeFilter
+from itune_ray.curate.embeddings import Vectors, hashed_vectors, model_vectors
+from itune_ray.curate.filters.base import (
+    AnyEmbedder,
+    GroupFilter,
+    ModelFilter,
+    Reached,
+    RowFilter,
+    Seen,
+    SetFilter,
+    Settled,
+)
 from itune_ray.curate.judging import rate_all, ratings, unrated
+from itune_ray.curate.mixing import check_mixing
 from itune_ray.curate.publish import publish
+from itune_ray.curate.references import read_reference
 from itune_ray.curate.steps import Step, check_steps, make_steps, passes
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.mixture import unite
-from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost
@@ -36,7 +46,6 @@ ROWS_PER_BLOCK = 2048
 SHUFFLE_ROWS = 100_000
 """Fewer rows are deduplicated on the driver, with the same result: exact and near deduplication of 52,000 Alpaca
 prompts took 6 s there and 60 s through Ray Data's shuffle on the same two busy cores. Spreading pays with many."""
-JUDGE_STAGE = "curate.judge"
 
 
 @dataclass
@@ -50,7 +59,7 @@ class Run:
     progress: Progress
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     steps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    judge_tokens: int = 0
+    model_tokens: int = 0
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest says beside the counts."""
@@ -58,8 +67,8 @@ class Run:
         q_manual = [step.pop("q_manual") for step in self.steps if "q_manual" in step]
         if q_manual:
             facts["q_manual"] = q_manual[0] if len(q_manual) == 1 else q_manual
-        if self.judge_tokens:
-            facts["tokens"] = {"prompt": 0, "generated": self.judge_tokens}
+        if self.model_tokens:
+            facts["tokens"] = {"prompt": 0, "generated": self.model_tokens}
         return facts
 
 
@@ -78,6 +87,7 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         return artifact
     tables = [read_source(part.source) for part in job.inputs]
     check_steps(steps, tables)
+    check_mixing(job.mixing, [table.name for table in tables])
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
     state = Run(job, board, runs, engines, progress)
@@ -93,10 +103,12 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
 
 
 def _apply(group: Sequence[Step], state: Run) -> None:
-    if isinstance(group[0].filter, JudgeFilter):
-        _judge(group[0], group[0].filter, state)
+    if isinstance(group[0].filter, ModelFilter):
+        _ask(group[0], group[0].filter, state)
     elif isinstance(group[0].filter, GroupFilter):
         _deduplicate(group[0], group[0].filter, state)
+    elif isinstance(group[0].filter, SetFilter):
+        _choose(group[0], group[0].filter, state)
     else:
         _filter_rows(group, state)
     for step in group:
@@ -160,17 +172,26 @@ def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> N
     board = state.board
     reached = [row for row in rows if not step.config.only or board.source(row) in step.config.only]
     reached = [row for row in reached if board.ended_by(row) in (None, step.name)]
-    settled = filter.settle(
-        Seen(
-            [board.record(row) for row in reached],
-            [board.ended_by(row) is None for row in reached],
-            [board.score_of(step.name, row) for row in reached],
-        )
-    )
-    for row in reached:
-        if board.record(row).key in settled.reprieved:
-            board.reprieve(row)
+    settled = filter.settle(_seen(step, reached, board))
+    _use_settled(step, settled, reached, board)
     state.facts[step.name] = dict(settled.facts)
+
+
+def _seen(step: Step, reached: Sequence[int], board: Board) -> Seen:
+    return Seen(
+        [board.record(row) for row in reached],
+        [board.ended_by(row) is None for row in reached],
+        [board.score_of(step.name, row) for row in reached],
+    )
+
+
+def _use_settled(step: Step, settled: Settled, reached: Sequence[int], board: Board) -> None:
+    for row in reached:
+        key = board.record(row).key
+        if key in settled.reprieved:
+            board.reprieve(row)
+        elif key in settled.dropped:
+            board.reject(row, settled.dropped[key], step.name)
 
 
 # --- duplicates ----------------------------------------------------------------------------------------------------
@@ -201,59 +222,93 @@ def _duplicates(texts: pa.Table, filter: GroupFilter, state: Run) -> Duplicates:
             raise _cause(error) from error
 
 
-# --- judge ---------------------------------------------------------------------------------------------------------
+# --- sets ----------------------------------------------------------------------------------------------------------
 
 
-def _judge(step: Step, filter: JudgeFilter, state: Run) -> None:
-    board, job = state.board, state.job
+def _choose(step: Step, filter: SetFilter, state: Run) -> None:
+    board = state.board
     rows = board.alive(step.config.only)
-    for row in [row for row in rows if not (board.record(row).response or "").strip()]:
-        board.reject(row, "no_answer", step.name)
-    rows = [row for row in rows if board.ended_by(row) is None]
+    place = {row: index for index, row in enumerate(rows)}
+    reached = Reached(
+        records=[board.record(row) for row in rows],
+        best_first=[place[row] for row in board.best_first(rows)],
+        seed=state.job.seed,
+        read=lambda reference: [read_reference(reference, board, row) for row in rows],
+        embed=lambda embedder, texts: _embed(embedder, texts, state),
+    )
+    choice = filter.choose(reached)
+    for index, row in enumerate(rows):
+        board.score(step.name, row, choice.scores.get(index, math.nan))
+        if (meta := choice.meta.get(index)) is not None:
+            board.annotate(row, meta)
+        if (dropped := choice.dropped.get(index)) is not None:
+            of = None if dropped.of is None else rows[dropped.of]
+            board.reject(row, dropped.reason, step.name, score=dropped.score, of=of)
+    state.facts[step.name] = {"reached": len(rows), **choice.facts}
+
+
+def _embed(embedder: AnyEmbedder, texts: Sequence[str], state: Run) -> Vectors:
+    if isinstance(embedder, HashedEmbedder):
+        return hashed_vectors(texts, embedder)
+    cluster.connect(state.job.run.ray, state.progress.say)
+    return model_vectors(texts, state.engines.pool(embedder.served).client, embedder)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def _ask(step: Step, filter: ModelFilter, state: Run) -> None:
+    board, job, kind = state.board, state.job, step.config.type
+    reached = board.alive(step.config.only)
+    unfit = {row: filter.unfit(board.record(row)) for row in reached}
+    for row, reason in unfit.items():
+        if reason is not None:
+            board.reject(row, reason, step.name)
+    rows = [row for row in reached if unfit[row] is None]
     records = [board.record(row) for row in rows]
-    served = filter.config.judge
-    ledger = Ledger(state.runs.folder / "ledger-judge" / filter.ratings_id(job.seed))
-    planted = filter.planted(records)
-    asked = [*records, *planted.values()]
+    served = filter.served
+    ledger = Ledger(state.runs.folder / f"ledger-{kind}" / filter.ratings_id(job.seed))
+    probes = filter.probes(records)
+    asked = [*records, *probes.values()]
 
     if unrated(asked, ledger):
         cluster.connect(job.run.ray, state.progress.say)
 
     def llm() -> Any:
         client = state.engines.pool(served).client
-        return client.llm(sampling_of(filter.config.sampling), job.seed, JUDGE_STAGE, served.model.adapter)
+        return client.llm(sampling_of(filter.sampling), job.seed, f"curate.{kind}", served.model.adapter)
 
     in_flight = served.pool.replicas * served.pool.max_outstanding
     contents = len({record.content_hash for record in asked})
     with state.progress.task(step.name, contents, "answers") as task:
-        state.judge_tokens += rate_all(
+        state.model_tokens += rate_all(
             asked, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens)
         )
-    _use_ratings(step, filter, rows, planted, ratings(ledger), state)
+    known = ratings(ledger)
+    _use_ratings(step, filter, rows, known, state)
+    settled = filter.settle(_seen(step, rows, board))
+    _use_settled(step, settled, rows, board)
+    state.facts[step.name] |= {**settled.facts, **filter.facts(probes, known)}
 
 
 def _use_ratings(
-    step: Step,
-    filter: JudgeFilter,
-    rows: Sequence[int],
-    planted: Mapping[str, Record],
-    known: Mapping[str, Outcome],
-    state: Run,
+    step: Step, filter: ModelFilter, rows: Sequence[int], known: Mapping[str, Outcome], state: Run
 ) -> None:
     board = state.board
     rated = {row: known[board.record(row).content_hash] for row in rows}
     replies = [rating for rating in rated.values() if rating.status != "failed"]
     unscored = sum(rating.status == "rejected" for rating in replies)
-    filter.check_parsed(len(replies), unscored)
+    filter.check(len(replies), unscored)
     for row, rating in rated.items():
         verdict = filter.verdict(rating)
+        for name, value in filter.measures(rating).items():
+            board.measure(f"{step.name}_{name}", row, value)
         board.score(step.name, row, verdict.score)
         if verdict.failure is not None:
             board.fail(row, verdict.failure, step.name, rating.attempts)
         elif not verdict.keep:
             board.reject(row, verdict.reason or step.name, step.name, score=verdict.score, raw=rating.raw)
     state.facts[step.name] = {"rated": len(replies) - unscored, "no_score": unscored}
-    state.facts[step.name] |= filter.injection(planted, known)
 
 
 # --- Ray -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from itune_ray.config.curate import AnyFilter
 from itune_ray.curate.filters import load_filter
-from itune_ray.curate.filters.base import Filter, RowFilter
+from itune_ray.curate.filters.base import Filter, RowFilter, SetFilter
+from itune_ray.curate.references import check_reference, needs_of
 from itune_ray.data.contract import Contract, check, facets
 from itune_ray.data.sources import SourceTable
 from itune_ray.errors import ConfigError, did_you_mean
@@ -46,8 +47,18 @@ def check_steps(steps: Sequence[Step], tables: Sequence[SourceTable]) -> None:
                     allowed=", ".join(names),
                     knob="filters.N.only",
                 )
-    contracts = [Contract(f"filters.{i} ({s.name})", s.filter.needs, only=s.config.only) for i, s in enumerate(steps)]
+    for place, step in enumerate(steps):
+        for reference in _references(step):
+            check_reference(reference, [earlier.name for earlier in steps[:place]], step.name)
+    contracts = [
+        Contract(f"filters.{i} ({s.name})", s.filter.needs | needs_of(_references(s)), only=s.config.only)
+        for i, s in enumerate(steps)
+    ]
     check(contracts, {table.name: facets(table.records) for table in tables if table.records})
+
+
+def _references(step: Step) -> tuple[str, ...]:
+    return step.filter.references if isinstance(step.filter, SetFilter) else ()
 
 
 def passes(steps: Sequence[Step]) -> Iterator[list[Step]]:

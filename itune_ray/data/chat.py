@@ -68,6 +68,17 @@ class Rendered(NamedTuple):
     supervised: list[bool]
 
 
+class AnswerTokens(NamedTuple):
+    """The final answer of a chat as the template renders it, with what stands before it."""
+
+    prompt: list[int]
+    """Every token before the answer."""
+    opening: list[int]
+    """The last of them, by which the template opens the assistant's turn; empty where it writes nothing there."""
+    answer: list[int]
+    """The answer with its end-of-turn token."""
+
+
 class ChatRenderer:
     """Chat messages and texts to token ids, equal token for token to `tokenizer.apply_chat_template`.
 
@@ -143,6 +154,16 @@ class ChatRenderer:
         if not any(rendered.supervised[1:]):
             raise NoSupervisedTokens("no token of the chat would be trained", got=_shorten(messages))
         return rendered
+
+    def answer_tokens(self, messages: Sequence[Message]) -> AnswerTokens:
+        """The final answer's tokens apart from its prompt's, cut where training cuts; raises `UnusableRow`."""
+        rendered = self.training_ids(messages, "last_assistant")
+        ids, start = rendered.input_ids, rendered.supervised.index(True)
+        end = len(ids) - rendered.supervised[::-1].index(True)
+        asked = self._render(messages[:-1])
+        opens = self._render(messages[:-1], generation_prompt=True).startswith(asked)
+        before = _common_prefix(self._encode(asked), ids[:start]) if opens else start
+        return AnswerTokens(ids[:start], ids[before:start], ids[start:end])
 
     def _by_markers(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         try:

@@ -5,9 +5,11 @@ rows *within* a source are left alone; that is what deduplication is for. A weig
 travels with the row, and `epoch_multiplicity` says how often a pass over the data uses it.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TypedDict
 
 from itune_ray.config.shared import MixturePart
@@ -25,6 +27,80 @@ def epoch_multiplicity(weight: float, key: str, seed: int, epoch: int = 0) -> in
     """
     whole = int(weight)
     return whole + int(row_rng(seed, "train.mixture", key, epoch).random() < weight - whole)
+
+
+# --- rates ---------------------------------------------------------------------------------------------------------
+
+
+def temperature_rates(sizes: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Shares p_i ∝ n_i^(1/T): T = 1 is proportional, T → ∞ equal among the sources that have rows (methods D38).
+
+    Raises:
+        DataError: No source has rows.
+    """
+    return normalised([size ** (1 / temperature) if size else 0.0 for size in sizes])
+
+
+def capped_rates(sizes: Sequence[float], cap: float) -> list[float]:
+    """Examples-proportional shares with a cap, r_i = min(n_i, K) / Σ_j min(n_j, K) (T5, FLAN)."""
+    return normalised([min(size, cap) for size in sizes])
+
+
+def normalised(amounts: Sequence[float]) -> list[float]:
+    """Amounts as shares that sum to 1; raises `DataError` where there is nothing to share."""
+    total = math.fsum(amounts)
+    if total <= 0:
+        raise DataError("no source has rows to mix", got=list(amounts))
+    return [amount / total for amount in amounts]
+
+
+def largest_remainder(rates: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to `total`, each its share rounded down or up (Hare quotas).
+
+    What rounding down leaves goes to the largest remainders, of equal ones to the earlier. Exact in fractions, so that
+    equal shares are equal.
+    """
+    exact = [Fraction(rate) for rate in rates]
+    whole = sum(exact)
+    if not whole:
+        return [0] * len(rates)
+    parts = [rate * total / whole for rate in exact]
+    counts = [math.floor(part) for part in parts]
+    for index in sorted(range(len(parts)), key=lambda i: (counts[i] - parts[i], i))[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def capped_quotas(rates: Sequence[float], total: int, sizes: Sequence[int]) -> list[int]:
+    """Quotas by rate of which none exceeds its source's size: what a small source cannot give, the others give by
+    their rates. They sum to `total`, or to all rows where there are fewer."""
+    counts = [0] * len(rates)
+    open_parts = [i for i, size in enumerate(sizes) if size]
+    left = min(total, sum(sizes))
+    while left and open_parts:
+        wanted = largest_remainder([rates[i] for i in open_parts], left)
+        full = [i for i, want in zip(open_parts, wanted, strict=True) if want >= sizes[i]]
+        if not full:
+            for i, want in zip(open_parts, wanted, strict=True):
+                counts[i] = want
+            break
+        for i in full:
+            counts[i] = sizes[i]
+            left -= sizes[i]
+        open_parts = [i for i in open_parts if i not in full]
+        if not any(rates[i] for i in open_parts):
+            break
+    return counts
+
+
+def mixture_weights(sizes: Sequence[float], rates: Sequence[float]) -> list[float]:
+    """The weight w_i = r_i Σ_j n_j / n_i of each source's rows, by which an epoch of Σ_j n_j rows holds its share of
+    them; 0 for a source without rows."""
+    total = math.fsum(sizes)
+    return [rate * total / size if size else 0.0 for size, rate in zip(sizes, rates, strict=True)]
+
+
+# --- the union -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,8 +183,14 @@ class MixRow(TypedDict):
     """Kept rows times their multiplicity in epoch 0."""
 
 
-def mix_report(mixture: Mixture, kept: Iterable[Member], seed: int) -> list[MixRow]:
-    """Planned and realised shares of each part."""
+def mix_report(
+    mixture: Mixture, kept: Iterable[Member], seed: int, planned: Sequence[float] | None = None
+) -> list[MixRow]:
+    """Planned and realised shares of each part.
+
+    Args:
+        planned: What was planned after filtering, where that is not what the parts' weights ask for.
+    """
     rows_in = Counter(m.part for m in mixture.members) + Counter(part for part, _ in mixture.quarantined)
     mass_in, mass_kept = defaultdict[int, float](float), defaultdict[int, float](float)
     kept_rows, used = Counter[int](), Counter[int]()
@@ -124,7 +206,7 @@ def mix_report(mixture: Mixture, kept: Iterable[Member], seed: int) -> list[MixR
             "rows_in": rows_in[i],
             "kept": kept_rows[i],
             "weight": mixture.parts[i].weight,
-            "planned_share": _share(mass_in[i], sum(mass_in.values())),
+            "planned_share": _share(mass_in[i], sum(mass_in.values())) if planned is None else planned[i],
             "share": _share(mass_kept[i], sum(mass_kept.values())),
             "rows_per_epoch": used[i],
         }

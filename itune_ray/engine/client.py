@@ -47,10 +47,21 @@ class PoolClient:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """One vector per text, from one replica."""
+        """One vector per text, from one replica.
+
+        Raises:
+            GenerationError: The engine refused a text, or died.
+        """
+        from ray.exceptions import RayActorError, RayTaskError
+
         router, _ = self._connected()
         async with router.slot() as index:
-            return await self._replicas[index].embed.remote(list(texts))
+            try:
+                return await result(self._replicas[index].embed.remote(list(texts)))
+            except RayTaskError as error:
+                raise cause_of(error) from None
+            except RayActorError as error:
+                raise GenerationError(one_line(error), got=self.model, knob="pool.max_restarts") from None
 
     def llm(self, sampling: Sampling, seed: int = 0, stage: str = "", adapter: str | None = None) -> EngineLlm:
         """What recipes, judges and benchmarks call.

@@ -16,6 +16,9 @@ from itune_ray.errors import ConfigError
 
 SYSTEM = "You rate how well assistants answer instructions. You are strict, and you judge only what is written."
 
+BUILTIN = {"answer": "judge.jinja", "guided": "judge_reference.jinja", "complexity": "judge_complexity.jinja"}
+"""Templates by name: an answer by itself or against a right one, and how hard an instruction is (deita, methods D32)."""
+
 _MARKS = r"[\s*_`#(\[]*"
 _SCORE = re.compile(
     rf"^{_MARKS}(?:(?:final\s+)?(?:score|rating){_MARKS}[:=]?{_MARKS})?"
@@ -64,7 +67,8 @@ class Judge:
         dimension: What is rated, e.g. accuracy.
         scale: Lowest and highest score.
         template: A Jinja file over {{ prompt }}, {{ response }}, {{ dimension }}, {{ low }}, {{ high }}, {{ fence }}:
-            the last is a word made from both texts, so that none can hold the marks it makes. Default: the built-in.
+            the last is a word made from both texts, so that none can hold the marks it makes. Or the name of a
+            built-in, by default `answer`.
         guided: Whether answers are measured by a right one: the template then has {{ reference }} too.
     """
 
@@ -79,7 +83,7 @@ class Judge:
     ):
         self._dimension, (self._low, self._high) = dimension, scale
         self._guided = guided
-        self.template = _read(template, "judge_reference.jinja" if guided else "judge.jinja")
+        self.template = _read(template or ("guided" if guided else "answer"))
 
     async def score(self, llm: Llm, prompt: str, response: str, key: str, reference: str | None = None) -> Judgement:
         """Ask the model once.
@@ -140,11 +144,12 @@ def planted(response: str, number: int, high: float) -> str:
     return response + PLANTED[number % len(PLANTED)].format(high=f"{high:g}")
 
 
-def _read(template: str | None, builtin: str) -> str:
-    if template is None:
-        return (resources.files("itune_ray.engine") / builtin).read_text(encoding="utf-8")
+def _read(template: str) -> str:
+    if template in BUILTIN:
+        return (resources.files("itune_ray.engine") / BUILTIN[template]).read_text(encoding="utf-8")
     if not Path(template).is_file():
-        raise ConfigError("no such template file", got=template, allowed="a Jinja file", knob="judge.template")
+        allowed = f"a Jinja file, or {', '.join(BUILTIN)}"
+        raise ConfigError("no such template file", got=template, allowed=allowed, knob="judge.template")
     return Path(template).read_text(encoding="utf-8")
 
 

@@ -344,3 +344,25 @@ def test_minhash_says_what_it_will_find():
 def test_minhash_settings_that_cannot_work(given):
     with pytest.raises(ConfigError, match=r"minhash_dedup needs both|exceeds the signature"):
         configured(type="minhash_dedup", **given)
+
+
+def test_named_raters_of_the_same_rows_are_compared():
+    def rated(*values: tuple[str, int]) -> dict[str, Any]:
+        return {"meta": {"ratings": [{"rater": rater, "value": value} for rater, value in values]}}
+
+    made = configured(type="human_rating", threshold=0.5)
+    rows = [
+        row(position=0, **rated(("ann", 5), ("bob", 5))),
+        row(position=1, **rated(("ann", 1), ("bob", 1), ("bob", 3))),
+        row(position=2, **rated(("ann", 4), ("bob", 4))),
+        row(position=3, **rated(("ann", 2))),
+        row(position=4, meta={"ratings": [9]}),
+    ]
+    verdicts = [made.keep(record) for record in rows]
+    seen = Seen(rows, [v.keep for v in verdicts], [v.score for v in verdicts])
+    agreement = made.settle(seen).facts["agreement"]
+    assert (agreement["units"], agreement["raters"]) == (3, 2)
+    assert agreement["percent_agreement"] == pytest.approx(2 / 3), "bob's two ratings of row 1 are one of 2"
+    assert 0.8 < agreement["alpha"] < 1
+    unnamed = row(meta={"ratings": [5, 1]})
+    assert "agreement" not in made.settle(Seen([unnamed], [True], [0.5])).facts

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from runs import rated_answer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate.filters import load_filter
-from itune_ray.curate.filters.judge import MAX_ATTEMPTS, JudgeFilter, prompt_text
+from itune_ray.curate.filters.base import MAX_ATTEMPTS
+from itune_ray.curate.filters.judge import JudgeFilter, prompt_text
 from itune_ray.curate.judging import rate_all, ratings
 from itune_ray.data.ledger import Ledger
 from itune_ray.data.records import Message, Record
 from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Completion, Sample
 from itune_ray.errors import GenerationError
+from runs import rated_answer
 
 
 def judge(**more: Any) -> JudgeFilter:
@@ -140,10 +141,10 @@ def test_what_selects_among_ratings_does_not_name_them(tmp_path):
 
 def test_too_many_replies_without_a_score_stop_the_job():
     made = judge(max_parse_fail=0.2)
-    made.check_parsed(10, 2)
-    made.check_parsed(0, 0)
+    made.check(10, 2)
+    made.check(0, 0)
     with pytest.raises(GenerationError, match=r"3 of 10 replies.*max_parse_fail"):
-        made.check_parsed(10, 3)
+        made.check(10, 3)
 
 
 def test_the_judge_reads_the_whole_talk():

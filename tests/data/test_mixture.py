@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from itune_ray.config.shared import FileSource, MixturePart
 from itune_ray.data.formats import quarantine
-from itune_ray.data.mixture import Member, epoch_multiplicity, mix_report, unite
+from itune_ray.data.mixture import (
+    Member,
+    capped_quotas,
+    capped_rates,
+    epoch_multiplicity,
+    largest_remainder,
+    mix_report,
+    mixture_weights,
+    normalised,
+    temperature_rates,
+    unite,
+)
 from itune_ray.data.order import Order
 from itune_ray.data.records import Record
 from itune_ray.data.sources import SourceTable
@@ -118,3 +129,71 @@ def test_a_report_of_nothing_kept_divides_by_nothing():
     mixture = unite([part()], [table("a", ["x"])])
     none: list[Member] = []
     assert mix_report(mixture, none, 0)[0]["share"] == 0.0
+
+
+# --- rates ---------------------------------------------------------------------------------------------------------
+
+sizes_of = st.lists(st.integers(0, 1000), min_size=1, max_size=8).filter(any)
+
+
+def test_rates_of_the_specification():
+    assert capped_rates([392702, 2490, 7473, 500], 3000) == pytest.approx([0.3337, 0.2770, 0.3337, 0.0556], abs=5e-5)
+    sizes = [100_000, 10_000, 1_000]
+    assert temperature_rates(sizes, 3) == pytest.approx([0.5954, 0.2764, 0.1283], abs=5e-5)
+    assert temperature_rates(sizes, 1) == pytest.approx([0.9009, 0.0901, 0.009], abs=5e-5)
+    flan = {"flan2021": 0.4, "t0": 0.32, "niv2": 0.2, "cot": 0.05, "dialog": 0.03}
+    assert normalised(list(flan.values())) == pytest.approx(list(flan.values()))
+
+
+@given(sizes_of)
+def test_temperature_goes_from_proportional_to_equal(sizes):
+    there = sum(map(bool, sizes))
+    assert temperature_rates(sizes) == pytest.approx([size / sum(sizes) for size in sizes])
+    assert temperature_rates(sizes, math.inf) == pytest.approx([bool(size) / there for size in sizes])
+    assert sum(temperature_rates(sizes, 3)) == pytest.approx(1)
+    assert capped_rates(sizes, 10**6) == pytest.approx(temperature_rates(sizes))
+
+
+def test_nothing_cannot_be_shared():
+    for rates in (lambda: temperature_rates([0, 0]), lambda: capped_rates([0], 5), lambda: normalised([])):
+        with pytest.raises(DataError, match="no source has rows"):
+            rates()
+
+
+@settings(max_examples=100)
+@given(sizes_of, st.integers(0, 500))
+def test_quotas_sum_up_and_are_within_one_of_their_share(sizes, total):
+    quotas = largest_remainder(sizes, total)
+    assert sum(quotas) == total
+    assert all(abs(q - total * size / sum(sizes)) < 1 for q, size in zip(quotas, sizes, strict=True))
+
+
+def test_quotas_of_rounding():
+    assert largest_remainder([0.1, 0.2, 0.7], 10) == [1, 2, 7], "0.1 + 0.2 + 0.7 is no 1 in floating point"
+    assert largest_remainder([1, 1, 1], 10) == [4, 3, 3], "of equal remainders the earlier"
+    assert largest_remainder([0.5, 0.3, 0.2], 1) == [1, 0, 0]
+    assert largest_remainder([0.0, 0.0], 3) == [0, 0]
+
+
+@settings(max_examples=100)
+@given(sizes_of, st.integers(0, 3000), st.sampled_from([1, 3, math.inf]))
+def test_capped_quotas_take_no_more_than_there_is(sizes, total, temperature):
+    quotas = capped_quotas(temperature_rates(sizes, temperature), total, sizes)
+    assert all(0 <= q <= size for q, size in zip(quotas, sizes, strict=True))
+    assert sum(quotas) == min(total, sum(sizes))
+
+
+def test_a_small_source_hands_its_share_on():
+    assert capped_quotas([0.5, 0.25, 0.25], 100, [1000, 1000, 4]) == [64, 32, 4]
+    assert capped_quotas([0.5, 0.5], 10, [3, 4]) == [3, 4]
+
+
+@given(sizes_of, st.sampled_from([1, 2, 5]))
+def test_weights_realise_the_rates_over_as_many_rows(sizes, temperature):
+    rates = temperature_rates(sizes, temperature)
+    weights = mixture_weights(sizes, rates)
+    mass = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    assert sum(mass) == pytest.approx(sum(sizes))
+    assert [m / sum(mass) for m in mass] == pytest.approx(rates)
+    if temperature == 1:
+        assert all(weight == pytest.approx(1) for weight, size in zip(weights, sizes, strict=True) if size)

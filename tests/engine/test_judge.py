@@ -113,3 +113,12 @@ def test_own_template(tmp_path):
     assert engine.asked[0].messages[-1]["content"] == "4 for What is 2 + 2? in [1, 10]?"
     with pytest.raises(ConfigError, match="no such template file"):
         Judge(template=str(tmp_path / "missing.jinja"))
+
+
+def test_the_built_in_for_complexity_reads_the_instruction_alone():
+    judge = Judge(dimension="complexity", scale=(1, 6), template="complexity")
+    (_, turn) = judge.messages("count the primes", "ANSWER")
+    assert "count the primes" in turn["content"]
+    assert "ANSWER" not in turn["content"]
+    assert "from 1 (" in turn["content"]
+    assert Judge(template="answer").template == Judge().template != judge.template

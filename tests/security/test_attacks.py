@@ -8,7 +8,6 @@ import time
 import jinja2
 import pytest
 import tiny
-from runs import rated_answer
 
 from itune_ray.config.base import load_job, validate
 from itune_ray.config.curate import CurateJob
@@ -29,6 +28,7 @@ from itune_ray.engine.prompts import BadPromptError, PromptEncoder
 from itune_ray.errors import ConfigError, ITuneError, ModelError, StorageError
 from itune_ray.generate.recipes.base import render
 from itune_ray.pipeline.step import plan
+from runs import rated_answer
 
 PLAYGROUND = {"type": "playground", "split": "chat", "rows": 1}
 ESCAPES = [
@@ -184,12 +184,12 @@ def test_what_planted_words_do_to_the_judge_is_measured(tmp_path, gullible, rais
         validate(CurateJob, {"name": "x", "inputs": [{"source": PLAYGROUND}], "filters": [config]}, "x").filters[0]
     )
     records = [tiny.chat(f"question {i}", f"answer {i}", position=i) for i in range(30)]
-    planted = judge.planted(records)
-    assert judge.planted(records[::-1]) == planted, "whatever the order of the rows"
+    planted = judge.probes(records)
+    assert judge.probes(records[::-1]) == planted, "whatever the order of the rows"
     assert len({record.response.removeprefix("answer ")[2:] for record in planted.values()}) >= 3
     ledger = Ledger(Folder.at(tmp_path))
     rate_all([*records, *planted.values()], judge, lambda: Rater(gullible), ledger, 4)
-    facts = judge.injection(planted, ratings(ledger))
+    facts = judge.facts(planted, ratings(ledger))
     assert facts == {"planted": 12, "raised_by_planted_words": raised, "mean_rise": mean}
 
 

@@ -13,7 +13,13 @@ FILTERS = {
     "minhash_dedup": "itune_ray.curate.filters.minhash_dedup:MinhashDedup",
     "grader": "itune_ray.curate.filters.grader:Grader",
     "judge": "itune_ray.curate.filters.judge:JudgeFilter",
+    "ifd": "itune_ray.curate.filters.ifd:Ifd",
     "human_rating": "itune_ray.curate.filters.human_rating:HumanRating",
+    "semantic_dedup": "itune_ray.curate.filters.semantic_dedup:SemanticDedup",
+    "select": "itune_ray.curate.filters.select:Select",
+    "deita": "itune_ray.curate.filters.deita:Deita",
+    "diverse": "itune_ray.curate.filters.diverse:Diverse",
+    "curriculum": "itune_ray.curate.filters.curriculum:Curriculum",
     "custom": "itune_ray.curate.filters.custom:Custom",
 }
 """Config type -> class, made from its config."""

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from itune_ray.config.curate import HumanRatingConfig
+from itune_ray.curate.agreement import agreement_report
 from itune_ray.curate.filters.base import KEEP, RowFilter, Seen, Settled, Verdict
 from itune_ray.data.records import Record
 from itune_ray.errors import DataError
@@ -15,6 +16,7 @@ Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 EPSILON = 1e-9
 """A mean of scaled ratings at the threshold counts as reaching it, whatever its rounding."""
+UNNAMED = "unnamed"
 
 
 class Rating(NamedTuple):
@@ -49,7 +51,8 @@ class HumanRating(RowFilter):
         return Verdict(True, score=score) if self._passes(score) else Verdict(False, "low_rating", score)
 
     def settle(self, seen: Seen) -> Settled:
-        """Q_manual with its Wilson interval, overall and per rater.
+        """Q_manual with its Wilson interval, overall and per rater, and how far named raters of the same rows agree
+        (Krippendorff's α of the scaled ratings, methods D02).
 
         Raises:
             DataError: The lower bound is below `q_min`.
@@ -75,7 +78,8 @@ class HumanRating(RowFilter):
             "threshold": self._threshold,
             "raters": self._per_rater(seen),
         }
-        return Settled(facts={"q_manual": facts})
+        agreement = agreement_report(_units(seen))
+        return Settled(facts={"q_manual": facts, **({"agreement": agreement} if agreement else {})})
 
     def _per_rater(self, seen: Seen) -> dict[str, dict[str, float]]:
         values: defaultdict[str, list[float]] = defaultdict(list)
@@ -89,6 +93,18 @@ class HumanRating(RowFilter):
         return score >= self._threshold - EPSILON
 
 
+def _units(seen: Seen) -> list[dict[str, float]]:
+    """Per rated row rater -> rating, of named raters; of one who rated a row twice, the mean."""
+    units: list[dict[str, float]] = []
+    for record, score in zip(seen.records, seen.scores, strict=True):
+        values: defaultdict[str, list[float]] = defaultdict(list)
+        for rating in [] if math.isnan(score) else ratings_of(record):
+            if rating.rater != UNNAMED:
+                values[rating.rater].append(rating.value)
+        units.append({rater: fmean(given) for rater, given in values.items()})
+    return units
+
+
 def ratings_of(record: Record) -> Iterator[Rating]:
     """The row's ratings scaled to [0, 1]; raises ValueError, TypeError or KeyError for one that is none."""
     given = record.meta.get("ratings")
@@ -98,7 +114,7 @@ def ratings_of(record: Record) -> Iterator[Rating]:
         value = float(fields["value"])
         if not low <= value <= high or low == high:
             raise ValueError(f"{value} is not on the scale {low} to {high}")
-        yield Rating(str(fields.get("rater", "unnamed")), (value - low) / (high - low))
+        yield Rating(str(fields.get("rater", UNNAMED)), (value - low) / (high - low))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -7,56 +7,54 @@ from typing import Any
 
 from itune_ray.config.base import digest
 from itune_ray.config.curate import JudgeConfig
-from itune_ray.curate.filters.base import Filter, Verdict
-from itune_ray.data.fingerprint import content_identity
+from itune_ray.config.shared import SamplingConfig, ServedModel
+from itune_ray.curate.filters.base import ModelFilter, Verdict, blank, unanswered
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
 from itune_ray.engine.judge import Judge, planted, prompt_text
 from itune_ray.errors import GenerationError
 
-MAX_ATTEMPTS = 3
-SELECTION = ("only", "threshold", "max_parse_fail", "planted", "commit")
-"""Settings that choose among ratings and leave the ratings themselves alone."""
 
-
-class JudgeFilter(Filter):
+class JudgeFilter(ModelFilter):
     """Keeps answers rated at or above the threshold.
 
-    Ratings are stored by content and by what decides them, beside the artifacts of a run: a changed threshold asks
-    nothing again. A reply without a score rates the answer NaN and rejects it as `no_score` with the reply kept.
+    A reply without a score rates the answer NaN and rejects it as `no_score` with the reply kept.
     """
 
     needs = frozenset({"response"})
+    selection = ModelFilter.selection | {"threshold", "max_parse_fail", "planted"}
 
     def __init__(self, config: JudgeConfig):
-        self.config = config
+        self.config: JudgeConfig = config
         self._judge = Judge(config.dimension, config.scale, config.template)
+
+    @property
+    def served(self) -> ServedModel:
+        """The judge."""
+        return self.config.judge
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The job's."""
+        return self.config.sampling
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "judge": self._judge.version, "template": digest(self._judge.template)}
 
-    def ratings_id(self, seed: int) -> str:
-        """Names the ratings: judge model, engine, sampling, template, dimension, scale and seed."""
-        config = {name: value for name, value in self.config.identity().items() if name not in SELECTION}
-        return digest([content_identity(config), self.identity(), seed])
-
     async def rate(self, record: Record, llm: Llm, attempt: int) -> Outcome:
-        """One answer's rating. `accepted` means rated; whether the score is good enough is decided elsewhere."""
+        """One answer's rating; whether the score is good enough is decided elsewhere."""
         key = record.content_hash
         judged = await self._judge.score(llm, prompt_text(record), record.response or "", key)
-        rated = Record(
-            source=record.source, position=record.position, sample=record.sample, num_tokens=judged.num_tokens
-        )
         if judged.error is not None:
-            attempts = attempt if judged.retryable else MAX_ATTEMPTS
-            return Outcome(record=rated, input_key=key, status="failed", cause=judged.error, attempts=attempts)
+            return unanswered(record, judged.error, judged.retryable, attempt)
+        rated = blank(record, judged.num_tokens)
         if math.isnan(judged.score):
             return Outcome(record=rated, input_key=key, status="rejected", reason="no_score", raw=judged.reply)
         return Outcome(record=rated, input_key=key, status="accepted", score=judged.score, raw=judged.reply)
 
-    def planted(self, records: Sequence[Record]) -> dict[str, Record]:
-        """Content hash of some of the records, always the same ones -> the record with words planted in its answer."""
+    def probes(self, records: Sequence[Record]) -> dict[str, Record]:
+        """Some of the records, always the same ones, with words planted in the answer."""
         chosen = sorted({record.content_hash: record for record in records}.items())[: self.config.planted]
         return {
             key: replace(
@@ -68,9 +66,9 @@ class JudgeFilter(Filter):
     def _with_words(self, record: Record, number: int) -> str:
         return planted(record.response or "", number, self.config.scale[1])
 
-    def injection(self, planted: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
+    def facts(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
         """What the planted words did, where both answers got a score: how many scores rose, the mean of all changes."""
-        pairs = [(known[key], known[record.content_hash]) for key, record in planted.items()]
+        pairs = [(known[key], known[record.content_hash]) for key, record in probes.items()]
         rises = [after.score - own.score for own, after in pairs if own.status == after.status == "accepted"]
         mean = round(sum(rises) / len(rises), 4) if rises else 0.0
         return {"planted": len(rises), "raised_by_planted_words": sum(rise > 0 for rise in rises), "mean_rise": mean}
@@ -84,7 +82,7 @@ class JudgeFilter(Filter):
         good = rating.score >= self.config.threshold
         return Verdict(good, None if good else "low_score", rating.score)
 
-    def check_parsed(self, replies: int, unscored: int) -> None:
+    def check(self, replies: int, unscored: int) -> None:
         """Stop the job when too many replies hold no score: then the judge or its template is at fault."""
         if unscored > self.config.max_parse_fail * replies:
             raise GenerationError(
