@@ -7,7 +7,7 @@ from pydantic import Field
 from itune_ray.config.base import Schema
 from itune_ray.config.generate import CommitConfig
 from itune_ray.config.roles import Holder, Role
-from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel
+from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel, Source
 
 
 class FilterConfig(Schema):
@@ -69,6 +69,28 @@ class MinhashDedupConfig(FilterConfig):
     """Shorter texts are left to exact_dedup."""
 
 
+class DecontaminateConfig(FilterConfig):
+    """Drop rows that hold a benchmark's text: n-gram overlap, by covered share (methods D37)."""
+
+    type: Literal["decontaminate"] = "decontaminate"
+    against: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """The benchmarks. Files of any columns are read with `format: fields`."""
+    fields: tuple[str, ...] = ()
+    """Columns of a `fields` benchmark that hold what is asked, averaged over; default: its question, query, prompt,
+    instruction, problem, ctx, goal, premise, sentence, input or text, whichever comes first, else all texts."""
+    labels: tuple[str, ...] = ()
+    """Columns of a `fields` benchmark that hold what is answered; default: answer, target, output or completion."""
+    compare: Literal["query", "label", "both"] = "query"
+    """query: what a benchmark asks; label: its answers and n-grams over the border of question and answer (as
+    datatrove does); both."""
+    ngram: Annotated[int, Field(ge=2)] = 8
+    """Tokens per n-gram."""
+    threshold: Fraction = 0.5
+    """Largest share of a benchmark row's tokens that a kept row may hold; 0 rejects at one shared n-gram."""
+    common: Positive = 10
+    """N-grams of more benchmark rows than this are boilerplate and count for nothing."""
+
+
 class GraderConfig(FilterConfig):
     """Keep answers an exact grader calls right."""
 
@@ -125,6 +147,7 @@ AnyFilter = Annotated[
     | RefusalConfig
     | ExactDedupConfig
     | MinhashDedupConfig
+    | DecontaminateConfig
     | GraderConfig
     | JudgeConfig
     | HumanRatingConfig

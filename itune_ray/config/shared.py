@@ -11,6 +11,10 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+Format = Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "fields"]
+"""Row layouts, see `itune_ray.data.formats`."""
+
+
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
@@ -20,7 +24,7 @@ class FileSource(Schema):
     type: Literal["file"] = "file"
     path: str
     """A file, a folder of files, or a URI (s3://, gs://); in a pipeline also `step://NAME/PAYLOAD`."""
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
+    format: Format = "auto"
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
     """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
@@ -55,7 +59,7 @@ class HubSource(Schema):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"] = "auto"
+    format: Format = "auto"
     name: str | None = None
     limit: Positive | None = None
     max_row_bytes: Positive = 16 * 2**20

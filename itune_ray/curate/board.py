@@ -5,8 +5,9 @@ ever turn a standing row into a rejected or failed one; the outcome table at the
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,7 @@ class Board:
         self.mixture = mixture
         self._standing = [Standing() for _ in mixture.members]
         self._scores: dict[str, NDArray[np.float64]] = {}
+        self._meta: dict[int, dict[str, Any]] = {}
         for row, member in enumerate(mixture.members):
             if member.duplicate_of is not None:
                 self._standing[row] = Standing(
@@ -65,8 +67,13 @@ class Board:
         ]
 
     def record(self, row: int) -> Record:
-        """The row of that number."""
-        return self.mixture.members[row].record
+        """The row of that number, with the facts that filters added."""
+        record = self.mixture.members[row].record
+        return replace(record, meta={**record.meta, **self._meta[row]}) if row in self._meta else record
+
+    def annotate(self, row: int, meta: Mapping[str, Any]) -> None:
+        """Add facts to a row's `meta`."""
+        self._meta.setdefault(row, {}).update(meta)
 
     def source(self, row: int) -> str:
         """Name of the input that the row came from."""
@@ -82,12 +89,12 @@ class Board:
         return -priority, math.inf if math.isnan(score) else -score, row
 
     def reject(
-        self, row: int, reason: str, by: str, *, score: float = math.nan, raw: str | None = None, of: int | None = None
+        self, row: int, reason: str, by: str, *, score: float = math.nan, raw: str | None = None, of: str | None = None
     ) -> None:
-        """End a standing row as rejected; `of` is the row it duplicates."""
+        """End a standing row as rejected; `of` is the key of the row it duplicates."""
         standing = self._standing[row]
         standing.reason, standing.by, standing.raw = reason, by, raw
-        standing.duplicate_of = None if of is None else self.record(of).key
+        standing.duplicate_of = of
         standing.score = standing.score if math.isnan(score) else score
 
     def fail(self, row: int, cause: str, by: str, attempts: int = 1) -> None:
@@ -131,7 +138,7 @@ class Board:
         (NaN where it did not).
         """
         members, quarantined = self.mixture.members, self.mixture.quarantined
-        records = records_table([m.record for m in members] + [o.record for _, o in quarantined])
+        records = records_table([self.record(row) for row in range(len(members))] + [o.record for _, o in quarantined])
         parts = [m.part for m in members] + [part for part, _ in quarantined]
         ends = [*self._standing, *(_standing_of(outcome) for _, outcome in quarantined)]
         columns = {

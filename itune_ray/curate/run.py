@@ -1,5 +1,6 @@
 """[Ray] The curate stage: unite the inputs, filter them in order, and publish what became of every row."""
 
+import json
 import logging
 import math
 import re
@@ -78,6 +79,8 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         return artifact
     tables = [read_source(part.source) for part in job.inputs]
     check_steps(steps, tables)
+    for step in steps:
+        step.filter.prepare()
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
     state = Run(job, board, runs, engines, progress)
@@ -117,6 +120,8 @@ def _filter_rows(group: Sequence[Step], state: Run) -> None:
         table = block_table(rows, [board.record(row) for row in rows], [board.source(row) for row in rows])
         for verdict in _verdicts(table, chain, state).to_pylist():
             _note(board, verdict, chain[verdict["link"]].name)
+    for link in chain:
+        state.facts[link.name] = link.filter.facts()
     if settling is not None:
         _settle(last, settling, rows, state)
 
@@ -149,10 +154,12 @@ def _verdicts(table: pa.Table, chain: Sequence[Link], state: Run) -> pa.Table:
 def _note(board: Board, verdict: dict[str, Any], name: str) -> None:
     row, score = verdict["row"], verdict["score"]
     board.score(name, row, score)
+    if verdict["meta"] is not None:
+        board.annotate(row, json.loads(verdict["meta"]))
     if verdict["failure"] is not None:
         board.fail(row, f"{name}: {verdict['failure']}", name)
     elif not verdict["keep"]:
-        board.reject(row, verdict["reason"] or name, name, score=score)
+        board.reject(row, verdict["reason"] or name, name, score=score, of=verdict["of"])
 
 
 def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> None:
@@ -170,7 +177,7 @@ def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> N
     for row in reached:
         if board.record(row).key in settled.reprieved:
             board.reprieve(row)
-    state.facts[step.name] = dict(settled.facts)
+    state.facts[step.name] = {**filter.facts(), **settled.facts}
 
 
 # --- duplicates ----------------------------------------------------------------------------------------------------
@@ -183,7 +190,7 @@ def _deduplicate(step: Step, filter: GroupFilter, state: Run) -> None:
     texts = pa.table({"id": range(len(compared)), "text": [text for _, text in compared]}, schema=TEXT_SCHEMA)
     for loser, duplicate in _duplicates(texts, filter, state).items():
         similarity = duplicate.similarity if filter.scores else math.nan
-        of = compared[duplicate.of][0]
+        of = board.record(compared[duplicate.of][0]).key
         board.reject(compared[loser][0], filter.reason, step.name, score=similarity, of=of)
     state.facts[step.name] = {"compared": len(compared), **filter.facts()}
 

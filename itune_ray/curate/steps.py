@@ -46,7 +46,10 @@ def check_steps(steps: Sequence[Step], tables: Sequence[SourceTable]) -> None:
                     allowed=", ".join(names),
                     knob="filters.N.only",
                 )
-    contracts = [Contract(f"filters.{i} ({s.name})", s.filter.needs, only=s.config.only) for i, s in enumerate(steps)]
+    contracts = [
+        Contract(f"filters.{i} ({s.name})", s.filter.needs, s.filter.provides, s.config.only)
+        for i, s in enumerate(steps)
+    ]
     check(contracts, {table.name: facets(table.records) for table in tables if table.records})
 
 

@@ -9,6 +9,7 @@
 | preference | `chosen`, `rejected`; optional `prompt`, `system`: texts, "Human:/Assistant:" transcripts or messages |
 | prompt | `prompt` or `instruction` alone; optional `input` or `context`, `system` |
 | text | `text`, to be modelled whole |
+| fields | any; a row of a labelled data set or of a benchmark, all of it in `meta`; never taken by `auto` |
 
 All other columns travel in `meta`. A row that cannot be used is quarantined with a reason and its raw form; it never
 ends the reading. In a source where some rows have an answer, a row without one is a fault (`no_answer`); where none
@@ -26,7 +27,7 @@ from itune_ray.data.records import Message, Record
 from itune_ray.data.transcripts import transcript_turns
 from itune_ray.errors import DataError
 
-Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text"]
+Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "fields"]
 Turn = tuple[Any, Any]
 """(role, content) before either was checked."""
 
@@ -82,7 +83,7 @@ def detect(columns: Iterable[str]) -> Layout:
         "no row layout fits these columns",
         got=", ".join(sorted(found)) or "no columns",
         allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), "
-        "preference (chosen, rejected), prompt, text",
+        "preference (chosen, rejected), prompt, text; or format: fields to take the columns as they are",
         knob="format",
     )
 
@@ -207,6 +208,12 @@ def _from_text(row: Mapping[str, Any]) -> Record:
     return Record(source="", position=0, text=text, meta=_meta(row, {"text"}))
 
 
+def _from_fields(row: Mapping[str, Any]) -> Record:
+    if not row:
+        raise BadRowError("bad_row")
+    return Record(source="", position=0, meta=_meta(row, set()))
+
+
 _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "records": _from_records,
     "messages": _from_messages,
@@ -215,6 +222,7 @@ _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "preference": _from_preference,
     "prompt": _from_prompt,
     "text": _from_text,
+    "fields": _from_fields,
 }
 
 

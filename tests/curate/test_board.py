@@ -39,7 +39,7 @@ def mixture(counts: tuple[int, ...] = (4,), unread: int = 0, priorities: tuple[i
 
 def test_every_row_has_one_outcome_with_its_reason():
     board = Board(mixture((3, 2), unread=1))
-    board.reject(0, "bad", "f", score=0.2, raw="said", of=1)
+    board.reject(0, "bad", "f", score=0.2, raw="said", of="s0:1:0")
     board.fail(1, "dead", "f", attempts=2)
     board.score("judge", 2, 4.5)
     table = board.outcomes()

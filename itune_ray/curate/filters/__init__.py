@@ -11,6 +11,7 @@ FILTERS = {
     "refusal": "itune_ray.curate.filters.refusal:Refusal",
     "exact_dedup": "itune_ray.curate.filters.exact_dedup:ExactDedup",
     "minhash_dedup": "itune_ray.curate.filters.minhash_dedup:MinhashDedup",
+    "decontaminate": "itune_ray.curate.filters.decontaminate:Decontaminate",
     "grader": "itune_ray.curate.filters.grader:Grader",
     "judge": "itune_ray.curate.filters.judge:JudgeFilter",
     "human_rating": "itune_ray.curate.filters.human_rating:HumanRating",
