@@ -1,6 +1,6 @@
 """Schema of `itune curate`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -42,6 +42,60 @@ class RefusalConfig(FilterConfig):
     """Added to the built-in list."""
     keep_share: Fraction = 0.0
     """Refusals kept, chosen by hash, as a share of all rows: a model that never saw one answers everything."""
+
+
+HygieneCheck = Literal[
+    "empty_turn",
+    "bad_roles",
+    "control_characters",
+    "chat_token",
+    "template_slot",
+    "open_fence",
+    "repeated_lines",
+    "ngram_loop",
+    "compressible",
+]
+PiiKind = Literal["email", "phone", "ip", "card", "iban", "ssn", "key"]
+SafetyCategory = Literal["weapons", "drugs", "malware", "fraud", "violence", "self_harm", "minors", "hate"]
+
+
+class HygieneConfig(FilterConfig):
+    """Drop rows that are broken as text, each check a reason of its own (methods D29)."""
+
+    type: Literal["hygiene"] = "hygiene"
+    checks: Annotated[tuple[HygieneCheck, ...], Field(min_length=1)] = get_args(HygieneCheck)
+    """In this order; the first that fails is the reason."""
+    slots: tuple[str, ...] = ()
+    """Names of `{slots}` in your templates, beside the usual ones."""
+    max_line_share: Fraction = 0.5
+    """Of lines of 3 words or more, those that were there before."""
+    ngram: Positive = 4
+    max_ngram_share: Fraction = 0.2
+    """Of all word n-grams, the commonest."""
+    min_packed: Fraction = 0.1
+    """Smallest size after compression, as a share, of a text of 1,000 bytes or more."""
+
+
+class PiiConfig(FilterConfig):
+    """Drop rows with personal data or credentials, each kind a reason of its own (methods D29)."""
+
+    type: Literal["pii"] = "pii"
+    kinds: Annotated[tuple[PiiKind, ...], Field(min_length=1)] = get_args(PiiKind)
+    allow: tuple[str, ...] = ()
+    """Texts that make a find harmless, e.g. a public address `support@mycompany.com` or a domain."""
+
+
+class SafetyConfig(FilterConfig):
+    """Drop answers that go along with a harmful request, by word lists (methods D29). A first gate, no classifier."""
+
+    type: Literal["safety"] = "safety"
+    categories: tuple[SafetyCategory, ...] = get_args(SafetyCategory)
+    words: tuple[str, ...] = ()
+    """Further words and phrases that no answer may hold; rejected as `unsafe_listed`."""
+    template: str | None = None
+    """A file of such words, one a line; lines that begin with # are left out."""
+    prompts: Literal["refused", "any", "none"] = "refused"
+    """Harmful prompts stay where the answer declines (a model must learn to), whatever the answer, or never."""
 
 
 class ExactDedupConfig(FilterConfig):
@@ -145,6 +199,9 @@ AnyFilter = Annotated[
     LengthConfig
     | FinishReasonConfig
     | RefusalConfig
+    | HygieneConfig
+    | PiiConfig
+    | SafetyConfig
     | ExactDedupConfig
     | MinhashDedupConfig
     | DecontaminateConfig
