@@ -98,6 +98,22 @@ class SafetyConfig(FilterConfig):
     """Harmful prompts stay where the answer declines (a model must learn to), whatever the answer, or never."""
 
 
+class LanguageConfig(FilterConfig):
+    """Tag the script and the language of prompt and answer, and keep the languages wanted (methods D41)."""
+
+    type: Literal["language"] = "language"
+    allowed: tuple[str, ...] = ()
+    """ISO 639 codes (`en` or `eng`), and `code` for answers that are all code; default: tag only."""
+    part: Literal["target", "prompt", "both"] = "target"
+    """Whose language must be allowed. The language of a row is that of its target, which the loss is on."""
+    undetermined: Literal["keep", "drop"] = "keep"
+    """What becomes of texts too short or too mixed to tell."""
+    min_chars: Positive = 20
+    """Fewer letters tell no language."""
+    confidence: Annotated[float, Field(ge=0.5, le=1)] = 0.65
+    """A language's votes over its own and the runner-up's."""
+
+
 class ExactDedupConfig(FilterConfig):
     """One row per normalised text (methods D26)."""
 
@@ -202,6 +218,7 @@ AnyFilter = Annotated[
     | HygieneConfig
     | PiiConfig
     | SafetyConfig
+    | LanguageConfig
     | ExactDedupConfig
     | MinhashDedupConfig
     | DecontaminateConfig

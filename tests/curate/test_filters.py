@@ -344,3 +344,14 @@ def test_minhash_says_what_it_will_find():
 def test_minhash_settings_that_cannot_work(given):
     with pytest.raises(ConfigError, match=r"minhash_dedup needs both|exceeds the signature"):
         configured(type="minhash_dedup", **given)
+
+
+class Unserialisable:
+    def keep(self, record: Record) -> Verdict:
+        return Verdict(True, meta={"record": record})
+
+
+def test_facts_of_a_custom_filter_must_be_json():
+    verdict = configured(type="custom", import_path=f"{__name__}:Unserialisable").keep(row())
+    assert verdict.failure is not None
+    assert "no JSON" in verdict.failure

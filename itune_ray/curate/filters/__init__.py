@@ -12,6 +12,7 @@ FILTERS = {
     "hygiene": "itune_ray.curate.filters.hygiene:Hygiene",
     "pii": "itune_ray.curate.filters.pii:Pii",
     "safety": "itune_ray.curate.filters.safety:Safety",
+    "language": "itune_ray.curate.filters.language:Language",
     "exact_dedup": "itune_ray.curate.filters.exact_dedup:ExactDedup",
     "minhash_dedup": "itune_ray.curate.filters.minhash_dedup:MinhashDedup",
     "decontaminate": "itune_ray.curate.filters.decontaminate:Decontaminate",

@@ -197,7 +197,7 @@ LEXICON: Mapping[str, Pairs] = {
 
 
 class Safety(RowFilter):
-    """Drops a row as `unsafe_CATEGORY` whose last user turn, or the first 200 characters of whose answer, name a harmful
+    """Drops a row as `unsafe_CATEGORY` if its last user turn or the first 200 characters of its answer name a harmful
     act near its object.
 
     An answer that declines is no harm, and it makes a harmful prompt worth keeping (`prompts: refused`). Words alone
