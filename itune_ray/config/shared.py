@@ -11,7 +11,21 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-Format = Literal["auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "fields"]
+Format = Literal[
+    "auto",
+    "records",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "preference",
+    "qa",
+    "oasst",
+    "oasst_best",
+    "superni",
+    "prompt",
+    "text",
+    "fields",
+]
 """Row layouts, see `itune_ray.data.formats`."""
 
 
