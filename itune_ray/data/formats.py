@@ -141,7 +141,8 @@ def parse(
 def _flat(rows: Iterable[RawRow], layout: Layout) -> Iterator[tuple[RawRow, int, Layout]]:
     """Each row with its number within the row that held it, and its own layout."""
     if layout not in EXPANDERS:
-        yield from ((raw, 0, layout) for raw in rows)
+        for raw in rows:
+            yield raw, 0, layout
         return
     flat, expand = EXPANDERS[layout]
     for raw in trees(rows) if layout.startswith("oasst") else rows:
