@@ -1,6 +1,6 @@
 """Schemas of the recipes of `itune generate`, one per `type`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,9 @@ from itune_ray.config.shared import Fraction, Positive, SamplingConfig, ServedMo
 
 class RecipeBase(Schema):
     """What every built-in recipe has."""
+
+    asks_teacher: ClassVar[bool] = True
+    """Whether the job's `teacher` is asked; without, no engine starts for it."""
 
     def served(self) -> dict[str, ServedModel]:
         """Further models that the recipe asks, by the name it knows them under."""
@@ -148,6 +151,41 @@ class EvolInstructConfig(RecipeBase):
         return {} if self.judge is None else {"judge": self.judge}
 
 
+TemplateTask = Literal["task", "pair", "choice", "classify", "question", "inverted"]
+OptionStyle = Literal["list", "letters", "none"]
+
+
+class TemplatesConfig(RecipeBase):
+    """Labelled rows and tasks with definitions as instruction rows, by templates and without a model (FLAN, P3,
+    Tk-Instruct; methods D40). The job has no `teacher`."""
+
+    asks_teacher: ClassVar[bool] = False
+
+    type: Literal["templates"] = "templates"
+    task: Literal["auto"] | TemplateTask = "auto"
+    """task: a definition, an input, references (format `superni`); pair: two texts and a label; choice: a question with
+    options; classify: a text and a label; question: a question and its answer; inverted: the answer is given and the
+    question asked for. auto: the first of these, but for inverted, that the row has the columns for."""
+    columns: dict[str, tuple[str, ...]] = {}
+    """Slot (question, context, options, label, text, first, second, answer, ...) -> the columns of the row that fill
+    it, several as a list: {options: [choice0, choice1]}; default: the usual names."""
+    options: tuple[str, ...] = ()
+    """Names of the labels, for rows that bring no options of their own."""
+    label: Literal["auto", "index", "text"] = "auto"
+    """How rows say which option is right; auto refuses a text that is one option and the index of another."""
+    option_styles: Annotated[tuple[OptionStyle, ...], Field(min_length=1)] = ("list", "letters", "none")
+    """Drawn with equal chances per row made."""
+    samples: Positive = 1
+    """Templates per row, drawn without repetition while there are enough."""
+    positive: Annotated[int, Field(ge=0)] = 2
+    """Examples of a task that are shown at most."""
+    negative: Annotated[int, Field(ge=0)] = 2
+    max_chars: Positive = 4096
+    """A longer field is cut; examples of a task are shown while all together is shorter."""
+    templates: dict[TemplateTask, str] = {}
+    """Your own Jinja files per task, instead of the built-in ten: templates that begin with a line `{# name #}`."""
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -158,6 +196,12 @@ class CustomRecipeConfig(RecipeBase):
 
 
 RecipeConfig = Annotated[
-    RespondConfig | PreferenceConfig | SelfInstructConfig | TeacherTopkConfig | EvolInstructConfig | CustomRecipeConfig,
+    RespondConfig
+    | PreferenceConfig
+    | SelfInstructConfig
+    | TeacherTopkConfig
+    | EvolInstructConfig
+    | TemplatesConfig
+    | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -20,7 +20,7 @@ from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publis
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Llm
-from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.llm import no_llm, sampling_of
 from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
@@ -119,12 +119,13 @@ class _Feed:
             }
             others = {name: llm for name, llm in clients.items() if name != TEACHER}
             bound = cast(Any, recipe).bind(others) if others else recipe
-            return _stream(self._job, bound, clients[TEACHER], pending)
+            return _stream(self._job, bound, clients.get(TEACHER) or no_llm(seed, SEED_STAGE), pending)
 
         return stream
 
     def _models(self) -> dict[str, ServedModel]:
-        return {TEACHER: self._job.teacher, **self._job.recipe.served()}
+        own = {} if self._job.teacher is None else {TEACHER: self._job.teacher}
+        return {**own, **self._job.recipe.served()}
 
     def _connect(self) -> None:
         """Start or join Ray and the engines, once."""

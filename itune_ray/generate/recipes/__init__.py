@@ -11,6 +11,7 @@ RECIPES = {
     "preference": "itune_ray.generate.recipes.preference:Preference",
     "teacher_topk": "itune_ray.generate.recipes.teacher_topk:TeacherTopk",
     "self_instruct": "itune_ray.generate.recipes.propose:Propose",
+    "templates": "itune_ray.generate.recipes.templates:Templates",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
 }
 """Recipe type -> class, built with its config."""
