@@ -67,7 +67,6 @@ LEXICON: Mapping[str, Pairs] = {
                     r"meth(?:amphetamine)?\b",
                     "heroin",
                     "cocaine",
-                    r"crack\b(?! of)",
                     "fentanyl",
                     r"lsd\b",
                 ),
