@@ -1,7 +1,7 @@
 """The command line: parse and validate first, import heavy things after.
 
 `itune JOB FILE [a.b=c ...]` runs a job here; `itune submit JOB FILE [a.b=c ...] --address URL` runs the same on a
-cluster; `itune doctor` says what works on this machine.
+cluster; `itune export ARTIFACT TARGET` writes its rows for others; `itune doctor` says what works on this machine.
 """
 
 import argparse
@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
             default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
             help="the cluster's dashboard; default: $RAY_API_SERVER_ADDRESS, else this machine's",
         )
+    export = commands.add_parser("export", help="write an artifact's good rows for others, with a data card")
+    export.add_argument("artifact", metavar="ARTIFACT", help="folder of a finished generate or curate artifact")
+    export.add_argument("target", metavar="TARGET", help="a new folder or URI")
+    export.add_argument("--as", dest="form", choices=("parquet", "jsonl", "hf"), default="jsonl", help="default: jsonl")
+    export.add_argument("--payload", help="the rows' folder in the artifact; default: kept or accepted")
+    export.add_argument("--license", help="licence of the whole, as the Hub names it, e.g. cc-by-4.0")
+    export.set_defaults(command=_export)
     keys = commands.add_parser("keys", help="list a job's config keys with their meaning")
     keys.add_argument("job", choices=JOBS)
     keys.set_defaults(command=_keys)
@@ -212,6 +219,16 @@ def _stop(arguments: argparse.Namespace) -> int:
     from itune_ray.submissions import stop
 
     return stop(arguments.name, arguments.address)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from itune_ray.data.export import export
+
+    folder = export(
+        arguments.artifact, arguments.target, arguments.form, payload=arguments.payload, license=arguments.license
+    )
+    print(folder.uri)
+    return 0
 
 
 def _keys(arguments: argparse.Namespace) -> int:

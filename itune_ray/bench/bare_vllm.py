@@ -34,6 +34,7 @@ def main(file: str) -> None:
 
 def measure(job: GenerateJob, records: list[Record], runs: int, warm_up: int) -> list[dict[str, float]]:
     """Seconds and generated tokens of each run, tokenisation on both sides of the engine included."""
+    assert job.teacher is not None
     threads = max(1, int(job.teacher.pool.cpus_each))
     os.environ.update({**ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
     from torch._C import set_num_threads  # vLLM makes torch.set_num_threads do nothing

@@ -66,7 +66,7 @@ def _bare(job: BenchJob) -> list[dict[str, float]]:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise GenerationError(f"LLM.generate failed: {words}", got=job.stage.teacher.model.path, knob="stage.teacher")
+        raise GenerationError(f"LLM.generate failed: {words}", got=job.teacher.model.path, knob="stage.teacher")
     return json.loads(lines[-1])
 
 
@@ -75,7 +75,7 @@ def _whole(
 ) -> dict[str, float]:
     """The stage, from reading its prompts to its finished tables, on an engine that runs already."""
     cluster.connect(job.run.ray, progress.say)
-    pool = engines.pool(job.stage.teacher)
+    pool = engines.pool(job.teacher)
     llm = pool.client.llm(sampling_of(job.stage.sampling), job.seed, "warm-up")
 
     async def warm_up() -> None:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from itune_ray.config.base import Tree
 from itune_ray.config.generate import GenerateJob
-from itune_ray.config.shared import Job, Positive, VllmEngineConfig
+from itune_ray.config.shared import Job, Positive, ServedModel, VllmEngineConfig
 
 
 class BenchJob(Job):
@@ -20,6 +20,12 @@ class BenchJob(Job):
     """Calls of `LLM.generate`, the best of which counts."""
     warm_up: Annotated[int, Field(ge=0)] = 32
     """Prompts answered before either side is timed."""
+
+    @property
+    def teacher(self) -> ServedModel:
+        """The model of both sides."""
+        assert self.stage.teacher is not None
+        return self.stage.teacher
 
     @model_validator(mode="before")
     @classmethod
@@ -37,8 +43,9 @@ class BenchJob(Job):
     def _comparable(self) -> "BenchJob":
         if self.stage.recipe.type != "respond":
             raise ValueError("stage.recipe must be respond: LLM.generate makes one call per prompt")
-        if not isinstance(self.stage.teacher.engine, VllmEngineConfig):
+        teacher = self.stage.teacher
+        if teacher is None or not isinstance(teacher.engine, VllmEngineConfig):
             raise ValueError("stage.teacher.engine must be vllm")
-        if self.stage.teacher.pool.replicas != 1:
+        if teacher.pool.replicas != 1:
             raise ValueError("stage.teacher.pool.replicas must be 1: LLM.generate is one engine")
         return self

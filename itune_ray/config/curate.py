@@ -1,13 +1,22 @@
 """Schema of `itune curate`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.generate import CommitConfig
 from itune_ray.config.roles import Holder, Role
-from itune_ray.config.shared import Fraction, Job, MixturePart, Positive, SamplingConfig, ServedModel, VllmEngineConfig
+from itune_ray.config.shared import (
+    Fraction,
+    Job,
+    MixturePart,
+    Positive,
+    SamplingConfig,
+    ServedModel,
+    Source,
+    VllmEngineConfig,
+)
 
 
 class FilterConfig(Schema):
@@ -81,6 +90,76 @@ class RefusalConfig(FilterConfig):
     """Refusals kept, chosen by hash, as a share of all rows: a model that never saw one answers everything."""
 
 
+HygieneCheck = Literal[
+    "empty_turn",
+    "bad_roles",
+    "control_characters",
+    "chat_token",
+    "template_slot",
+    "open_fence",
+    "repeated_lines",
+    "ngram_loop",
+    "compressible",
+]
+PiiKind = Literal["email", "phone", "ip", "card", "iban", "ssn", "key"]
+SafetyCategory = Literal["weapons", "drugs", "malware", "fraud", "violence", "self_harm", "minors", "hate"]
+
+
+class HygieneConfig(FilterConfig):
+    """Drop rows that are broken as text, each check a reason of its own (methods D29)."""
+
+    type: Literal["hygiene"] = "hygiene"
+    checks: Annotated[tuple[HygieneCheck, ...], Field(min_length=1)] = get_args(HygieneCheck)
+    """In this order; the first that fails is the reason."""
+    slots: tuple[str, ...] = ()
+    """Names of `{slots}` in your templates, beside the usual ones."""
+    max_line_share: Fraction = 0.5
+    """Of lines of 3 words or more, those that were there before."""
+    ngram: Positive = 4
+    max_ngram_share: Fraction = 0.2
+    """Of all word n-grams, the commonest."""
+    min_packed: Fraction = 0.1
+    """Smallest size after compression, as a share, of a text of 1,000 bytes or more."""
+
+
+class PiiConfig(FilterConfig):
+    """Drop rows with personal data or credentials, each kind a reason of its own (methods D29)."""
+
+    type: Literal["pii"] = "pii"
+    kinds: Annotated[tuple[PiiKind, ...], Field(min_length=1)] = get_args(PiiKind)
+    allow: tuple[str, ...] = ()
+    """Texts that make a find harmless, e.g. a public address `support@mycompany.com` or a domain."""
+
+
+class SafetyConfig(FilterConfig):
+    """Drop answers that go along with a harmful request, by word lists (methods D29). A first gate, no classifier."""
+
+    type: Literal["safety"] = "safety"
+    categories: tuple[SafetyCategory, ...] = get_args(SafetyCategory)
+    words: tuple[str, ...] = ()
+    """Further words and phrases that no answer may hold; rejected as `unsafe_listed`."""
+    template: str | None = None
+    """A file of such words, one a line; lines that begin with # are left out."""
+    prompts: Literal["refused", "any", "none"] = "refused"
+    """Harmful prompts stay where the answer declines (a model must learn to), whatever the answer, or never."""
+
+
+class LanguageConfig(FilterConfig):
+    """Tag the script and the language of prompt and answer, and keep the languages wanted (methods D41)."""
+
+    type: Literal["language"] = "language"
+    allowed: tuple[str, ...] = ()
+    """ISO 639 codes (`en` or `eng`), and `code` for answers that are all code; default: tag only."""
+    part: Literal["target", "prompt", "both"] = "target"
+    """Whose language must be allowed. The language of a row is that of its target, which the loss is on."""
+    undetermined: Literal["keep", "drop"] = "keep"
+    """What becomes of texts too short or too mixed to tell."""
+    min_chars: Positive = 20
+    """Fewer letters tell no language."""
+    confidence: Annotated[float, Field(ge=0.5, le=1)] = 0.65
+    """A language's votes over its own and the runner-up's."""
+
+
 class ExactDedupConfig(FilterConfig):
     """One row per normalised text (methods D26)."""
 
@@ -104,6 +183,28 @@ class MinhashDedupConfig(FilterConfig):
     """Words per shingle; 2 for texts under 12 words."""
     min_tokens: Positive = 5
     """Shorter texts are left to exact_dedup."""
+
+
+class DecontaminateConfig(FilterConfig):
+    """Drop rows that hold a benchmark's text: n-gram overlap, by covered share (methods D37)."""
+
+    type: Literal["decontaminate"] = "decontaminate"
+    against: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """The benchmarks. Files of any columns are read with `format: fields`."""
+    fields: tuple[str, ...] = ()
+    """Columns of a `fields` benchmark that hold what is asked, averaged over; default: its question, query, prompt,
+    instruction, problem, ctx, goal, premise, sentence, input or text, whichever comes first, else all texts."""
+    labels: tuple[str, ...] = ()
+    """Columns of a `fields` benchmark that hold what is answered; default: answer, target, output or completion."""
+    compare: Literal["query", "label", "both"] = "query"
+    """query: what a benchmark asks; label: its answers and n-grams over the border of question and answer (as
+    datatrove does); both."""
+    ngram: Annotated[int, Field(ge=2)] = 8
+    """Tokens per n-gram."""
+    threshold: Fraction = 0.5
+    """Largest share of a benchmark row's tokens that a kept row may hold; 0 rejects at one shared n-gram."""
+    common: Positive = 10
+    """N-grams of more benchmark rows than this are boilerplate and count for nothing."""
 
 
 class GraderConfig(FilterConfig):
@@ -296,8 +397,13 @@ AnyFilter = Annotated[
     LengthConfig
     | FinishReasonConfig
     | RefusalConfig
+    | HygieneConfig
+    | PiiConfig
+    | SafetyConfig
+    | LanguageConfig
     | ExactDedupConfig
     | MinhashDedupConfig
+    | DecontaminateConfig
     | GraderConfig
     | JudgeConfig
     | IfdConfig

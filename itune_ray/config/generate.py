@@ -36,7 +36,8 @@ class GenerateJob(Job):
     beside_identity = Job.beside_identity | {"workers", "commit", "max_attempts", "min_rows"}
 
     prompts: Annotated[tuple[Source, ...], Field(min_length=1)]
-    teacher: ServedModel
+    teacher: ServedModel | None = None
+    """The model that recipes ask; left out for a recipe that asks none (`templates`)."""
     recipe: RecipeConfig = RespondConfig()
     sampling: SamplingConfig = SamplingConfig()
     max_attempts: Positive = 3
@@ -47,8 +48,16 @@ class GenerateJob(Job):
     commit: CommitConfig = CommitConfig()
 
     @model_validator(mode="after")
+    def _teacher_is_asked(self) -> "GenerateJob":
+        if self.recipe.needs_teacher and self.teacher is None:
+            raise ValueError(f"recipe {self.recipe.type} needs a model: name it under teacher")
+        if not self.recipe.needs_teacher and self.teacher is not None:
+            raise ValueError(f"recipe {self.recipe.type} asks no model: leave teacher out")
+        return self
+
+    @model_validator(mode="after")
     def _enough_logprobs(self) -> "GenerateJob":
-        recipe, engine = self.recipe, self.teacher.engine
+        recipe, engine = self.recipe, self.teacher and self.teacher.engine
         if isinstance(recipe, TeacherTopkConfig):
             knob, asked = "k", recipe.k
         elif isinstance(recipe, PreferenceLabelConfig):

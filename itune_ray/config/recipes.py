@@ -13,6 +13,16 @@ from itune_ray.config.techniques import ChainOfThought, Technique, TechniqueName
 class RecipeBase(Schema):
     """What every built-in recipe has."""
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the job's `teacher` is asked; where not, no engine starts for it."""
+        return True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the job must name a teacher; where not, it must not."""
+        return self.asks_teacher
+
     def served(self) -> dict[str, ServedModel]:
         """Further models that the recipe asks, by the name it knows them under."""
         return {}
@@ -297,6 +307,16 @@ class MosaicConfig(RecipeBase):
     block_rows: Positive = 1000
     """Groups never cross blocks of so many rows."""
 
+    @property
+    def asks_teacher(self) -> bool:
+        """No model is asked."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Its tokenizer counts."""
+        return True
+
 
 class TechniqueConfig(RecipeBase):
     """Prompt techniques applied to each prompt, whose answer is stored with the enhanced prompt or with the basic one
@@ -379,6 +399,11 @@ class AugmentConfig(RecipeBase):
         """The judge, where there is one."""
         return {} if self.judge is None else {"judge": self.judge}
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Words are changed without a model."""
+        return not isinstance(self.how, TokenAugment)
+
 
 class CompareConfig(RecipeBase):
     """A row's answer judged against its `rejected` one in both orders (Zheng et al. 2023, methods D16)."""
@@ -456,6 +481,11 @@ class TaskTokensConfig(RecipeBase):
     """Before the first user turn, or before the system message, which is made where there is none."""
     dropout: Fraction = 0.1
     """Share of rows that stay without tokens, so that the model works without them too."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """No model is asked."""
+        return False
 
 
 Action = Literal[
@@ -612,6 +642,44 @@ class RedTeamConfig(RecipeBase):
         return {name: model for name, model in models.items() if model is not None}
 
 
+TemplateTask = Literal["task", "pair", "choice", "classify", "question", "inverted"]
+OptionStyle = Literal["list", "letters", "none"]
+
+
+class TemplatesConfig(RecipeBase):
+    """Labelled rows and tasks with definitions as instruction rows, by templates and without a model (FLAN, P3,
+    Tk-Instruct; methods D40). The job has no `teacher`."""
+
+    type: Literal["templates"] = "templates"
+    task: Literal["auto"] | TemplateTask = "auto"
+    """task: a definition, an input, references (format `superni`); pair: two texts and a label; choice: a question with
+    options; classify: a text and a label; question: a question and its answer; inverted: the answer is given and the
+    question asked for. auto: the first of these, but for inverted, that the row has the columns for."""
+    columns: dict[str, tuple[str, ...]] = {}
+    """Slot (question, context, options, label, text, first, second, answer, ...) -> the columns of the row that fill
+    it, several as a list: {options: [choice0, choice1]}; default: the usual names."""
+    options: tuple[str, ...] = ()
+    """Names of the labels, for rows that bring no options of their own."""
+    label: Literal["auto", "index", "text"] = "auto"
+    """How rows say which option is right; auto refuses a text that is one option and the index of another."""
+    option_styles: Annotated[tuple[OptionStyle, ...], Field(min_length=1)] = ("list", "letters", "none")
+    """Drawn with equal chances per row made."""
+    samples: Positive = 1
+    """Templates per row, drawn without repetition while there are enough."""
+    positive: Annotated[int, Field(ge=0)] = 2
+    """Examples of a task that are shown at most."""
+    negative: Annotated[int, Field(ge=0)] = 2
+    max_chars: Positive = 4096
+    """A longer field is cut; examples of a task are shown while all together is shorter."""
+    templates: dict[TemplateTask, str] = {}
+    """Your own Jinja files per task, instead of the built-in ten: templates that begin with a line `{# name #}`."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """No model is asked."""
+        return False
+
+
 class CustomRecipeConfig(RecipeBase):
     """Your own recipe: a class like those of `itune_ray.generate.recipes`."""
 
@@ -645,6 +713,7 @@ RecipeConfig = Annotated[
     | DialogueConfig
     | ReflectionConfig
     | RedTeamConfig
+    | TemplatesConfig
     | CustomRecipeConfig,
     Field(discriminator="type"),
 ]

@@ -12,6 +12,25 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+Format = Literal[
+    "auto",
+    "records",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "preference",
+    "qa",
+    "oasst",
+    "oasst_best",
+    "superni",
+    "prompt",
+    "text",
+    "documents",
+    "fields",
+]
+"""Row layouts, see `itune_ray.data.formats`."""
+
+
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
@@ -21,9 +40,7 @@ class FileSource(Schema):
     type: Literal["file"] = "file"
     path: str
     """A file, a folder of files, or a URI (s3://, gs://); in a pipeline also `step://NAME/PAYLOAD`."""
-    format: Literal[
-        "auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"
-    ] = "auto"
+    format: Format = "auto"
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
     """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
@@ -58,9 +75,7 @@ class HubSource(Schema):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal[
-        "auto", "records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"
-    ] = "auto"
+    format: Format = "auto"
     name: str | None = None
     limit: Positive | None = None
     max_row_bytes: Positive = 16 * 2**20

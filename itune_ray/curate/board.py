@@ -98,12 +98,12 @@ class Board:
         return -priority, math.inf if math.isnan(score) else -score, row
 
     def reject(
-        self, row: int, reason: str, by: str, *, score: float = math.nan, raw: str | None = None, of: int | None = None
+        self, row: int, reason: str, by: str, *, score: float = math.nan, raw: str | None = None, of: str | None = None
     ) -> None:
-        """End a standing row as rejected; `of` is the row it duplicates."""
+        """End a standing row as rejected; `of` is the key of the row it duplicates."""
         standing = self._standing[row]
         standing.reason, standing.by, standing.raw = reason, by, raw
-        standing.duplicate_of = None if of is None else self.record(of).key
+        standing.duplicate_of = of
         standing.score = standing.score if math.isnan(score) else score
 
     def fail(self, row: int, cause: str, by: str, attempts: int = 1) -> None:

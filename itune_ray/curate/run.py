@@ -1,5 +1,6 @@
 """[Ray] The curate stage: unite the inputs, filter them in order, and publish what became of every row."""
 
+import json
 import logging
 import math
 import re
@@ -88,6 +89,8 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
     tables = [read_source(part.source) for part in job.inputs]
     check_steps(steps, tables)
     check_mixing(job.mixing, [table.name for table in tables])
+    for step in steps:
+        step.filter.prepare()
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
     state = Run(job, board, runs, engines, progress)
@@ -129,6 +132,8 @@ def _filter_rows(group: Sequence[Step], state: Run) -> None:
         table = block_table(rows, [board.record(row) for row in rows], [board.source(row) for row in rows])
         for verdict in _verdicts(table, chain, state).to_pylist():
             _note(board, verdict, chain[verdict["link"]].name)
+    for link in chain:
+        state.facts[link.name] = link.filter.facts()
     if settling is not None:
         _settle(last, settling, rows, state)
 
@@ -161,10 +166,12 @@ def _verdicts(table: pa.Table, chain: Sequence[Link], state: Run) -> pa.Table:
 def _note(board: Board, verdict: dict[str, Any], name: str) -> None:
     row, score = verdict["row"], verdict["score"]
     board.score(name, row, score)
+    if verdict["meta"] is not None:
+        board.annotate(row, json.loads(verdict["meta"]))
     if verdict["failure"] is not None:
         board.fail(row, f"{name}: {verdict['failure']}", name)
     elif not verdict["keep"]:
-        board.reject(row, verdict["reason"] or name, name, score=score)
+        board.reject(row, verdict["reason"] or name, name, score=score, of=verdict["of"])
 
 
 def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> None:
@@ -174,7 +181,7 @@ def _settle(step: Step, filter: RowFilter, rows: Sequence[int], state: Run) -> N
     reached = [row for row in reached if board.ended_by(row) in (None, step.name)]
     settled = filter.settle(_seen(step, reached, board))
     _use_settled(step, settled, reached, board)
-    state.facts[step.name] = dict(settled.facts)
+    state.facts[step.name] = {**filter.facts(), **settled.facts}
 
 
 def _seen(step: Step, reached: Sequence[int], board: Board) -> Seen:
@@ -204,7 +211,7 @@ def _deduplicate(step: Step, filter: GroupFilter, state: Run) -> None:
     texts = pa.table({"id": range(len(compared)), "text": [text for _, text in compared]}, schema=TEXT_SCHEMA)
     for loser, duplicate in _duplicates(texts, filter, state).items():
         similarity = duplicate.similarity if filter.scores else math.nan
-        of = compared[duplicate.of][0]
+        of = board.record(compared[duplicate.of][0]).key
         board.reject(compared[loser][0], filter.reason, step.name, score=similarity, of=of)
     state.facts[step.name] = {"compared": len(compared), **filter.facts()}
 
@@ -242,7 +249,7 @@ def _choose(step: Step, filter: SetFilter, state: Run) -> None:
         if (meta := choice.meta.get(index)) is not None:
             board.annotate(row, meta)
         if (dropped := choice.dropped.get(index)) is not None:
-            of = None if dropped.of is None else rows[dropped.of]
+            of = None if dropped.of is None else board.record(rows[dropped.of]).key
             board.reject(row, dropped.reason, step.name, score=dropped.score, of=of)
     state.facts[step.name] = {"reached": len(rows), **choice.facts}
 
@@ -288,7 +295,7 @@ def _ask(step: Step, filter: ModelFilter, state: Run) -> None:
     _use_ratings(step, filter, rows, known, state)
     settled = filter.settle(_seen(step, rows, board))
     _use_settled(step, settled, rows, board)
-    state.facts[step.name] |= {**settled.facts, **filter.facts(probes, known)}
+    state.facts[step.name] |= {**settled.facts, **filter.facts(), **filter.findings(probes, known)}
 
 
 def _use_ratings(

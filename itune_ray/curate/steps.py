@@ -51,7 +51,7 @@ def check_steps(steps: Sequence[Step], tables: Sequence[SourceTable]) -> None:
         for reference in _references(step):
             check_reference(reference, [earlier.name for earlier in steps[:place]], step.name)
     contracts = [
-        Contract(f"filters.{i} ({s.name})", s.filter.needs | needs_of(_references(s)), only=s.config.only)
+        Contract(f"filters.{i} ({s.name})", s.filter.needs | needs_of(_references(s)), s.filter.provides, s.config.only)
         for i, s in enumerate(steps)
     ]
     check(contracts, {table.name: facets(table.records) for table in tables if table.records})

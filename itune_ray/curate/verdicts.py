@@ -1,8 +1,10 @@
 """Row filters over a block of rows: what runs inside Ray Data, and runs the same without it."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,9 +21,12 @@ VERDICT_SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("score", pa.float64()),
         ("failure", pa.string()),
+        ("of", pa.string()),
+        ("meta", pa.string()),
     ]
 )
-"""The verdict of one link of the chain on one row; a row has one per link it reached, skipped links aside."""
+"""The verdict of one link of the chain on one row; a row has one per link it reached, skipped links aside. `meta` is
+JSON."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def block_table(rows: Sequence[int], records: Sequence[Record], inputs: Sequence
 
 def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
     """Each row through the chain until a link rejects it; `VERDICT_SCHEMA`, without plain approvals of no score."""
-    found: list[tuple[int, int, bool, str | None, float, str | None]] = []
+    found: list[tuple[Any, ...]] = []
     for fields in block.to_pylist():
         record = Record.from_row(fields)
         for index, link in enumerate(chain):
@@ -50,13 +55,20 @@ def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
                 continue
             verdict = link.filter.keep(record)
             if verdict is not KEEP and _says_something(verdict):
-                found.append((fields["row"], index, verdict.keep, verdict.reason, verdict.score, verdict.failure))
+                found.append((fields["row"], index, *_columns(verdict)))
             if not verdict.keep:
                 break
+            if verdict.meta:
+                record = replace(record, meta={**record.meta, **verdict.meta})
     columns = list(zip(*found, strict=True)) or [()] * len(VERDICT_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, VERDICT_SCHEMA, strict=True)]
     return pa.table(arrays, schema=VERDICT_SCHEMA)
 
 
+def _columns(verdict: Verdict) -> tuple[Any, ...]:
+    meta = json.dumps(dict(verdict.meta), ensure_ascii=False) if verdict.meta else None
+    return verdict.keep, verdict.reason, verdict.score, verdict.failure, verdict.of, meta
+
+
 def _says_something(verdict: Verdict) -> bool:
-    return not verdict.keep or not math.isnan(verdict.score)
+    return not verdict.keep or bool(verdict.meta) or not math.isnan(verdict.score)

@@ -7,27 +7,48 @@
 | sharegpt | `conversations`: [{from, value}, ...] |
 | alpaca | `instruction` or `prompt`, `output` or `response` or `completion`; optional `input` or `context`, `system` |
 | preference | `chosen`, `rejected`; optional `prompt`, `system`: texts, "Human:/Assistant:" transcripts or messages |
+| qa | `question`, `answer`, and nothing beside but an `id` (GSM8K) |
+| oasst | message trees (`prompt` with nested `replies`) or their messages one a row: every path from root to leaf |
+| oasst_best | the same, of each tree the path of the best ranks |
+| superni | Super-NaturalInstructions tasks (`Definition`, `Instances`): every instance |
 | prompt | `prompt` or `instruction` alone; optional `input` or `context`, `system` |
 | text | `text`, to be modelled whole |
 | documents | `documents`: [text, ...] that belong together; kept in `meta`, and joined as a text |
+| fields | any; a row of a labelled data set or of a benchmark, all of it in `meta`; never taken by `auto` |
 
-All other columns travel in `meta`. A row that cannot be used is quarantined with a reason and its raw form; it never
+All other columns travel in `meta`. A row that holds many (oasst, superni) gives rows of equal position, numbered by
+`sample`. A row that cannot be used is quarantined with a reason and its raw form; it never
 ends the reading. In a source where some rows have an answer, a row without one is a fault (`no_answer`); where none
 has, they are prompts.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from itune_ray.data.files import RawRow
 from itune_ray.data.ledger import Outcome
+from itune_ray.data.nested import EXPANDERS, MalformedError, trees
 from itune_ray.data.records import Message, Record
 from itune_ray.data.transcripts import transcript_turns
 from itune_ray.errors import DataError
 
-Layout = Literal["records", "alpaca", "messages", "sharegpt", "preference", "prompt", "text", "documents"]
+Layout = Literal[
+    "records",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "preference",
+    "qa",
+    "oasst",
+    "oasst_best",
+    "superni",
+    "prompt",
+    "text",
+    "documents",
+    "fields",
+]
 Turn = tuple[Any, Any]
 """(role, content) before either was checked."""
 
@@ -69,6 +90,12 @@ def detect(columns: Iterable[str]) -> Layout:
     found = set(columns)
     if {"source", "position"} <= found and found & {"messages", "text"}:
         return "records"
+    if {"message_tree_id", "prompt"} <= found or {"message_id", "parent_id", "text", "role"} <= found:
+        return "oasst"
+    if {"Definition", "Instances"} <= found:
+        return "superni"
+    if found - {"id", "idx", "meta"} == {"question", "answer"}:
+        return "qa"
     if {"chosen", "rejected"} <= found:
         return "preference"
     if "messages" in found:
@@ -85,7 +112,8 @@ def detect(columns: Iterable[str]) -> Layout:
         "no row layout fits these columns",
         got=", ".join(sorted(found)) or "no columns",
         allowed="records, alpaca (instruction, input, output), messages, sharegpt (conversations), "
-        "preference (chosen, rejected), prompt, text, documents",
+        "preference (chosen, rejected), qa (question, answer), oasst (message trees), superni, prompt, text, "
+        "documents; or format: fields to take the columns as they are",
         knob="format",
     )
 
@@ -102,15 +130,38 @@ def parse(
     """
     records: list[Record] = []
     quarantined: list[Outcome] = []
-    for raw in rows:
+    for raw, sample, flat in _flat(rows, layout):
         try:
-            records.append(_record(raw, source, layout, max_bytes))
+            records.append(replace(_record(raw, source, flat, max_bytes), **({"sample": sample} if sample else {})))
         except BadRowError as bad:
-            quarantined.append(quarantine(Record(source=source, position=raw.position), str(bad), _raw_text(raw)))
-    if layout in ("alpaca", "messages", "sharegpt", "preference") and any(r.response is not None for r in records):
+            at = Record(source=source, position=raw.position, sample=sample)
+            quarantined.append(quarantine(at, str(bad), _raw_text(raw)))
+    if layout not in ("records", "prompt", "text", "fields") and any(r.response is not None for r in records):
         quarantined += [quarantine(r, "no_answer", None) for r in records if r.response is None]
         records = [r for r in records if r.response is not None]
-    return records, sorted(quarantined, key=lambda outcome: outcome.record.position)
+    return records, sorted(quarantined, key=lambda outcome: (outcome.record.position, outcome.record.sample))
+
+
+def _flat(rows: Iterable[RawRow], layout: Layout) -> Iterator[tuple[RawRow, int, Layout]]:
+    """Each row with its number within the row that held it, and its own layout."""
+    if layout not in EXPANDERS:
+        for raw in rows:
+            yield raw, 0, layout
+        return
+    flat, expand = EXPANDERS[layout]
+    for raw in trees(rows) if layout.startswith("oasst") else rows:
+        if raw.fields is None:
+            yield raw, 0, layout
+            continue
+        try:
+            parts = expand(raw.fields)
+        except MalformedError as bad:
+            yield RawRow(raw.position, None, str(bad), _raw_text(raw)), 0, layout
+            continue
+        for sample, fields in enumerate(parts):
+            yield RawRow(raw.position, dict(fields)), sample, flat
+        if not parts:
+            yield RawRow(raw.position, None, "no_answer", _raw_text(raw)), 0, layout
 
 
 def quarantine(record: Record, reason: str, raw: str | None) -> Outcome:
@@ -201,6 +252,11 @@ def _from_prompt(row: Mapping[str, Any]) -> Record:
     return _chat(_prompt_turns(row), row, {*PROMPT, *CONTEXT, "system"})
 
 
+def _from_qa(row: Mapping[str, Any]) -> Record:
+    turns = [("user", row.get("question", ""))] + ([("assistant", row["answer"])] if "answer" in row else [])
+    return _chat(turns, row, {"question", "answer"})
+
+
 def _from_text(row: Mapping[str, Any]) -> Record:
     text = row.get("text", "")
     if not isinstance(text, str):
@@ -220,6 +276,12 @@ def _from_documents(row: Mapping[str, Any]) -> Record:
     return Record(source="", position=0, text="\n\n".join(kept), meta={**_meta(row, set()), "documents": kept})
 
 
+def _from_fields(row: Mapping[str, Any]) -> Record:
+    if not row:
+        raise BadRowError("bad_row")
+    return Record(source="", position=0, meta=_meta(row, set()))
+
+
 _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "records": _from_records,
     "messages": _from_messages,
@@ -227,8 +289,10 @@ _LAYOUTS: dict[Layout, Callable[[Mapping[str, Any]], Record]] = {
     "alpaca": _from_alpaca,
     "preference": _from_preference,
     "prompt": _from_prompt,
+    "qa": _from_qa,
     "text": _from_text,
     "documents": _from_documents,
+    "fields": _from_fields,
 }
 
 

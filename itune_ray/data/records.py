@@ -83,12 +83,13 @@ class Record:
 
     @property
     def content_hash(self) -> str:
-        """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces)."""
+        """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces); of a
+        row that has neither, over its `meta`."""
         turns = [[m["role"], _normalise(m["content"])] for m in self.messages]
         if self.rejected is not None:
             turns.append(["rejected", _normalise(self.rejected)])
-        content: Any = turns if self.text is None else _normalise(self.text)
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
+        content: Any = turns or self.meta if self.text is None else _normalise(self.text)
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def prompt(self) -> tuple[Message, ...]:

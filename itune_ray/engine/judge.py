@@ -17,7 +17,7 @@ from itune_ray.errors import ConfigError
 SYSTEM = "You rate how well assistants answer instructions. You are strict, and you judge only what is written."
 
 BUILTIN = {"answer": "judge.jinja", "guided": "judge_reference.jinja", "complexity": "judge_complexity.jinja"}
-"""Templates by name: an answer by itself or against a right one, and how hard an instruction is (deita, methods D32)."""
+"""Templates by name: an answer by itself, or against a right one; how hard an instruction is (deita, methods D32)."""
 
 _MARKS = r"[\s*_`#(\[]*"
 _SCORE = re.compile(

@@ -114,3 +114,18 @@ class EngineLlm:
             [request.messages, request.text, request.token_ids, dataclasses.asdict(request.sampling), request.adapter]
         )
         return dataclasses.replace(request, id=f"{self._stage}/{key}/{work}")
+
+
+class _NoEngine:
+    """Stands where no model is asked."""
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        raise ConfigError("the recipe asks a model, and the job names none", knob="teacher")
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        raise ConfigError("the recipe asks a model, and the job names none", knob="teacher")
+
+
+def no_llm(seed: int, stage: str) -> EngineLlm:
+    """What a recipe that asks no model is given: it has seeds, and refuses every call."""
+    return EngineLlm(_NoEngine(), model="none", sampling=Sampling(), seed=seed, stage=stage)

@@ -21,12 +21,12 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
-from itune_ray.engine.llm import EngineLlm, sampling_of
+from itune_ray.engine.llm import no_llm, sampling_of
 from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.recipes.base import NoModel, Recipe, facts_of, recipe_identity, uses_model
+from itune_ray.generate.recipes.base import Recipe, facts_of, recipe_identity
 from itune_ray.generate.recipes.mosaic import Mosaic
 from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.rounds import SelfInstruct
@@ -106,8 +106,9 @@ def _run_mosaic(
     _finish(job, artifact, table.sort_by("key"), Tally(inputs=len(records)), feed)
 
 
-def _token_counter(teacher: ServedModel) -> Callable[[str], int]:
+def _token_counter(teacher: ServedModel | None) -> Callable[[str], int]:
     """Tokens of a text by the teacher's tokenizer, begin and end tokens among them; the fake engine's are words."""
+    assert teacher is not None
     if isinstance(teacher.engine, FakeEngineConfig):
         return lambda text: len(text.split())
     from itune_ray.model.render import model_renderer  # loads torch
@@ -141,11 +142,6 @@ class _Feed:
 
         def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
             seed = self._job.seed
-            if not uses_model(recipe):
-                cluster.connect(self._job.run.ray, self._progress.say)
-                _require_workers(self._job, [], self._engines)
-                nobody = EngineLlm(NoModel(), model="none", sampling=sampling_of(sampling), seed=seed, stage=SEED_STAGE)
-                return _stream(self._job, recipe, nobody, pending)
             self._connect()
             asked = self._models()
             clients = {
@@ -154,12 +150,14 @@ class _Feed:
             }
             others = {name: llm for name, llm in clients.items() if name != TEACHER}
             bound = cast(Any, recipe).bind(others) if others else recipe
-            return _stream(self._job, bound, clients[TEACHER], pending)
+            return _stream(self._job, bound, clients.get(TEACHER) or no_llm(seed, SEED_STAGE), pending)
 
         return stream
 
     def _models(self) -> dict[str, ServedModel]:
-        return {TEACHER: self._job.teacher, **self._job.recipe.served()}
+        """The models that are asked, by the name the recipe knows them under."""
+        teacher = self._job.teacher if self._job.recipe.asks_teacher else None
+        return {**({} if teacher is None else {TEACHER: teacher}), **self._job.recipe.served()}
 
     def _connect(self) -> None:
         """Start or join Ray and the engines, once."""

@@ -32,12 +32,12 @@ def theirs(job: BenchJob, out: str) -> int:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     stage = job.stage
-    engine, model = stage.teacher.engine, stage.teacher.model
+    engine, model = job.teacher.engine, job.teacher.model
     assert isinstance(engine, VllmEngineConfig)
     folder = resolve(model.path).path
     args = engine_args(engine, model, folder, folder, on_cpu=True)
     args.pop("model")
-    threads = max(1, int(stage.teacher.pool.cpus_each))
+    threads = max(1, int(job.teacher.pool.cpus_each))
     environment = {**ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     config = vLLMEngineProcessorConfig(

@@ -1,5 +1,6 @@
 """The board and the verdicts of blocks: every row ends once, in a table that no order changes."""
 
+import json
 import math
 from typing import Any
 
@@ -39,7 +40,7 @@ def mixture(counts: tuple[int, ...] = (4,), unread: int = 0, priorities: tuple[i
 
 def test_every_row_has_one_outcome_with_its_reason():
     board = Board(mixture((3, 2), unread=1))
-    board.reject(0, "bad", "f", score=0.2, raw="said", of=1)
+    board.reject(0, "bad", "f", score=0.2, raw="said", of="s0:1:0")
     board.fail(1, "dead", "f", attempts=2)
     board.score("judge", 2, 4.5)
     table = board.outcomes()
@@ -188,3 +189,25 @@ def test_a_filter_without_what_it_needs_is_told():
     table = SourceTable("s", [Record(source="s", position=0, text="x")], [])
     with pytest.raises(DataError, match=r"human_rating\) needs meta\.ratings, and no row of s"):
         check_steps(steps_of({"type": "length"}, {"type": "human_rating"}), [table])
+
+
+class Tagging(RowFilter):
+    def keep(self, record: Record) -> Verdict:
+        return Verdict(True, meta={"seen": record.meta.get("seen", 0) + 1})
+
+
+class SeenTwice(RowFilter):
+    def keep(self, record: Record) -> Verdict:
+        return KEEP if record.meta["seen"] == 2 else Verdict(False, "unseen")
+
+
+def test_facts_reach_the_next_link_the_board_and_the_table():
+    board = Board(mixture((2,)))
+    links = [Link("a", Tagging()), Link("b", Tagging()), Link("c", SeenTwice())]
+    found = judge_block(block_of(board), links).to_pylist()
+    assert [(v["row"], v["link"], v["keep"], v["meta"]) for v in found] == [
+        (row, link, True, json.dumps({"seen": link + 1})) for row in (0, 1) for link in (0, 1)
+    ]
+    board.annotate(1, {"seen": 2})
+    assert [board.record(row).meta for row in (0, 1)] == [{}, {"seen": 2}]
+    assert [row["meta"] for row in board.outcomes().to_pylist()] == ["{}", '{"seen": 2}']

@@ -242,6 +242,50 @@ def test_the_result_is_the_same_for_any_number_of_blocks(tmp_path, ray_session, 
 
 @pytest.mark.real
 @pytest.mark.timeout(900)
+def test_what_filters_add_and_what_a_row_repeats_are_published(tmp_path, ray_session, monkeypatch):
+    leaked = "A farmer keeps twelve hens and three goats, so how many legs are in the yard?"
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(json.dumps({"stem": "x"}) + "\n" + json.dumps({"stem": leaked}) + "\n")
+    against = [{"type": "file", "path": str(bench), "format": "fields"}]
+    rows = [
+        qa("Where was the house that we saw on the other day?", "It was on the other side of the river.", id=1),
+        qa(f"Solve this: {leaked}", "There are thirty-six legs in the yard.", id=2),
+        qa("Where was the house?", "La maison que nous avons vue était de l'autre côté de la rivière.", id=3),
+    ]
+    filters = (
+        {"type": "language", "allowed": ["en"]},
+        {"type": "custom", "import_path": "test_curate_run:NeedsLanguage"},
+        {"type": "decontaminate", "against": against},
+        {"type": "exact_dedup"},
+    )
+    inputs = [write(tmp_path / "in.jsonl", rows)]
+    whole = curate(tmp_path / "whole", inputs, filters, blocks=1)
+    monkeypatch.setattr(stage, "ROWS_PER_BLOCK", 1)
+    assert bytes_of(whole) == bytes_of(curate(tmp_path / "cut", inputs, filters, blocks=3))
+    assert ends(whole) == {
+        "in:0:0": ("accepted", None),
+        "in:1:0": ("rejected", "contaminated"),
+        "in:2:0": ("rejected", "language_fra"),
+    }
+    rejected = {row["key"]: row for row in whole.folder.read_table("rejected").to_pylist()}
+    assert (rejected["in:1:0"]["duplicate_of"], rejected["in:1:0"]["score"]) == ("bench:1:0", 1.0)
+    assert json.loads(rejected["in:2:0"]["meta"])["lang"] == "fra"
+    (kept,) = read_source(FileSource(path=whole.path("kept"))).records
+    assert (kept.meta["id"], kept.meta["lang"], kept.meta["lang_prompt"]) == (1, "eng", "eng")
+    facts = {entry["filter"]: entry for entry in whole.manifest["filters"]}
+    assert facts["decontaminate"]["against"] == {"bench": 2}
+    assert (facts["decontaminate"]["comparable"], facts["decontaminate"]["too_short"]) == (1, 1)
+    bench.write_text(json.dumps({"stem": leaked + " Say why."}) + "\n")
+    assert curate(tmp_path / "whole", inputs, filters, blocks=1).id != whole.id
+
+
+class NeedsLanguage:
+    def keep(self, record: Record) -> bool:
+        return record.meta["lang"] == "eng"
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
 def test_a_filter_that_no_worker_can_load_is_one_clear_error(tmp_path, ray_session, monkeypatch):
     (tmp_path / "only_here.py").write_text("class Here:\n    def keep(self, record): return True\n")
     monkeypatch.syspath_prepend(str(tmp_path))

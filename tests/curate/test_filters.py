@@ -366,3 +366,14 @@ def test_named_raters_of_the_same_rows_are_compared():
     assert 0.8 < agreement["alpha"] < 1
     unnamed = row(meta={"ratings": [5, 1]})
     assert "agreement" not in made.settle(Seen([unnamed], [True], [0.5])).facts
+
+
+class Unserialisable:
+    def keep(self, record: Record) -> Verdict:
+        return Verdict(True, meta={"record": record})
+
+
+def test_facts_of_a_custom_filter_must_be_json():
+    verdict = configured(type="custom", import_path=f"{__name__}:Unserialisable").keep(row())
+    assert verdict.failure is not None
+    assert "no JSON" in verdict.failure

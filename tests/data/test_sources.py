@@ -53,8 +53,8 @@ def test_an_empty_file_is_one_clear_error(tmp_path):
 
 
 def test_no_fitting_layout_names_file_columns_and_knob(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"question": "x", "answer": "y"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl: no row layout.*answer, question.*`format`"):
+    (tmp_path / "a.jsonl").write_text('{"stem": "x", "key": "y"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: no row layout.*key, stem.*`format`"):
         read_source(FileSource(path=f"{tmp_path}/a.jsonl"))
 
 

@@ -161,7 +161,7 @@ def test_variants_never_exceed_their_share_and_come_close(share):
 
 def test_token_level_asks_nothing_and_keeps_the_answer():
     recipe = Augment(AugmentConfig(variants=3, max_share=0.75))
-    assert recipe.uses_model is False
+    assert recipe.prompts == {}
     row = answered("Write a short story about the big house on the hill.", "Once.", model="human@1")
 
     def script(turn, index):
@@ -284,7 +284,6 @@ def test_workers_run_a_recipe_without_a_model_and_no_engine_starts(tmp_path):
         {
             "name": "a",
             "prompts": [{"type": "playground", "split": "chat", "rows": 100}],
-            "teacher": {"model": {"path": "any"}, "engine": {"type": "fake"}},
             "recipe": {"type": "augment"},
         }
     )

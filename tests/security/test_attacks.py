@@ -189,7 +189,7 @@ def test_what_planted_words_do_to_the_judge_is_measured(tmp_path, gullible, rais
     assert len({record.response.removeprefix("answer ")[2:] for record in planted.values()}) >= 3
     ledger = Ledger(Folder.at(tmp_path))
     rate_all([*records, *planted.values()], judge, lambda: Rater(gullible), ledger, 4)
-    facts = judge.facts(planted, ratings(ledger))
+    facts = judge.findings(planted, ratings(ledger))
     assert facts == {"planted": 12, "raised_by_planted_words": raised, "mean_rise": mean}
 
 

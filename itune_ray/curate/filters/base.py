@@ -41,6 +41,10 @@ class Verdict:
     """What was measured; NaN where nothing was."""
     failure: str | None = None
     """Set when the filter itself broke on the row, which then counts as failed."""
+    of: str | None = None
+    """Key of the row that this one repeats, e.g. of a benchmark; published as `duplicate_of`."""
+    meta: Mapping[str, Any] | None = None
+    """Facts to add to the row's `meta`, JSON values: later filters and the published tables have them."""
 
 
 KEEP = Verdict(True)
@@ -74,10 +78,19 @@ class Filter(ABC):  # noqa: B024  what is abstract depends on the kind
     """Raised whenever verdicts may change: part of the artifact's identity."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Facets without which the filter is pointless, see `itune_ray.data.contract`."""
+    provides: ClassVar[frozenset[str]] = frozenset()
+    """Facets that the filter adds, e.g. `meta.language`."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the verdicts beside the config."""
         return {"version": self.version}
+
+    def prepare(self) -> None:  # noqa: B027  most filters have nothing to read
+        """Read what the filter needs beside the rows, on the driver, before the first row; may raise `DataError`."""
+
+    def facts(self) -> dict[str, Any]:
+        """Figures for the manifest, JSON values."""
+        return {}
 
 
 class RowFilter(Filter):
@@ -115,10 +128,6 @@ class GroupFilter(Filter):
             texts: (id, text), smaller ids being better rows.
             blocks: Ray Data blocks to spread the work over; None for this process alone.
         """
-
-    def facts(self) -> dict[str, Any]:
-        """Figures for the manifest."""
-        return {}
 
 
 class AskingConfig(Protocol):
@@ -187,7 +196,7 @@ class ModelFilter(Filter):
         """Look at all verdicts at once."""
         return Settled()
 
-    def facts(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
+    def findings(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
         """Figures for the manifest, from the ratings by content hash."""
         return {}
 

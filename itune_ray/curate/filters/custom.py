@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -62,4 +63,8 @@ class Custom(RowFilter):
             return Verdict(verdict, None if verdict else self._location.partition(":")[2].lower())
         if not isinstance(verdict, Verdict):
             return Verdict(False, failure=f"keep returned {type(verdict).__name__}, not a Verdict or a bool")
+        try:
+            json.dumps(dict(verdict.meta or {}))
+        except (TypeError, ValueError) as error:
+            return Verdict(False, failure=f"the meta of its verdict is no JSON: {error}"[:200])
         return verdict

@@ -66,7 +66,7 @@ class JudgeFilter(ModelFilter):
     def _with_words(self, record: Record, number: int) -> str:
         return planted(record.response or "", number, self.config.scale[1])
 
-    def facts(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
+    def findings(self, probes: Mapping[str, Record], known: Mapping[str, Outcome]) -> dict[str, Any]:
         """What the planted words did, where both answers got a score: how many scores rose, the mean of all changes."""
         pairs = [(known[key], known[record.content_hash]) for key, record in probes.items()]
         rises = [after.score - own.score for own, after in pairs if own.status == after.status == "accepted"]

@@ -18,6 +18,7 @@ RECIPES = {
     "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
     "grounded": "itune_ray.generate.recipes.grounded:Grounded",
     "multi_document": "itune_ray.generate.recipes.multi_document:MultiDocument",
+    "templates": "itune_ray.generate.recipes.templates:Templates",
     "evol_instruct": "itune_ray.generate.recipes.evol_instruct:EvolInstruct",
     "mosaic": "itune_ray.generate.recipes.mosaic:Mosaic",
     "technique": "itune_ray.generate.recipes.technique:Technique",

@@ -31,9 +31,8 @@ class Augment(Chain):
 
     def __init__(self, config: AugmentConfig):
         self._config = config
-        self.uses_model = not isinstance(config.how, TokenAugment)
         self.most_rows = config.variants + 1
-        names = ("paraphrase", "translate", "same", "sibling") if self.uses_model else ()
+        names = ("paraphrase", "translate", "same", "sibling") if config.asks_teacher else ()
         self.prompts = {name: builtin_prompt(self.name, f"{name}.jinja") for name in names}
 
     async def make(self, row: Record, calls: Calls) -> list[Outcome]:

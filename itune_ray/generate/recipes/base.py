@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
-from itune_ray.engine.base import Completion, Llm, Request
+from itune_ray.engine.base import Completion, Llm
 from itune_ray.errors import ConfigError
 
 SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -24,8 +24,8 @@ SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool"
 class Recipe(Protocol):
     """One method of making rows. Instances are pickled to the workers and hold no state between calls.
 
-    Beside what follows, a recipe may have `uses_model = False` (no engine starts for it), `bind(others)` where its
-    config names further models, and `facts(outcomes)` with figures for the manifest.
+    Beside what follows, a recipe may have `bind(others)`, where its config names further models, and `facts(outcomes)`
+    with figures for the manifest. One that asks no model says so in its config (`asks_teacher`).
     """
 
     version: int
@@ -52,23 +52,6 @@ class Recipe(Protocol):
         with a reason, or failed with a cause when another attempt may mend it.
         """
         ...
-
-
-class NoModel:
-    """The engine of recipes that ask none; their workers need its `Llm` for seeds alone."""
-
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """No answers."""
-        return [Completion(id=request.id, error="no_model: this recipe asks no model") for request in requests]
-
-    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """No vectors."""
-        raise NotImplementedError("this recipe asks no model")
-
-
-def uses_model(recipe: Recipe) -> bool:
-    """Whether a recipe asks a model; one that does not says `uses_model = False`, and no engine starts for it."""
-    return getattr(recipe, "uses_model", True)
 
 
 def facts_of(recipe: Recipe, table: pa.Table) -> dict[str, Any]:

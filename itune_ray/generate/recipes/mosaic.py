@@ -28,7 +28,6 @@ class Mosaic:
     """
 
     version = 1
-    uses_model = False
     requires: tuple[str, ...] = ("messages",)
     provides: tuple[str, ...] = ("messages", "parents", "seed")
     rows_per_input = None

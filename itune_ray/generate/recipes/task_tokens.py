@@ -27,7 +27,6 @@ class TaskTokens:
     """
 
     version = 1
-    uses_model = False
     requires: tuple[str, ...] = ("messages",)
     provides: tuple[str, ...] = ("messages", "seed")
     rows_per_input = 1
