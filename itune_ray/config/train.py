@@ -111,9 +111,57 @@ class DpoConfig(Schema):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the policy is held to its reference: larger moves less."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs assumed to be labelled the wrong way round (Mitchell 2023)."""
+    """Share of pairs assumed to be labelled the wrong way round: above 0 this is cDPO (Mitchell 2023)."""
     nll: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen answers' negative log-likelihood per token, which keeps them likely (Pang et al. 2024)."""
+    """Weight of the chosen answers' negative log-likelihood per token, which keeps them likely: above 0 this is RPO
+    (Pang et al. 2024)."""
+
+
+class RobustConfig(Schema):
+    """Robust DPO (Chowdhury et al. 2024): the DPO loss of the true labels, estimated from labels of which a known share
+    is flipped."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+
+    type: Literal["robust"] = "robust"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """As for dpo."""
+    flipped: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """ε, the share of pairs that are labelled the wrong way round."""
+
+
+class IpoConfig(Schema):
+    """Identity preference optimisation (Azar et al. 2023): (Δw/nw - Δl/nl - 1/(2τ))² over pairs, per token."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+
+    type: Literal["ipo"] = "ipo"
+    tau: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to its reference: the margin aimed at is 1/(2τ) nats per token."""
+
+
+class SimpoConfig(Schema):
+    """Simple preference optimisation (Meng et al. 2024): -log σ(β(mean log p of the chosen answer's tokens - that of
+    the rejected one's) - γ), without a reference."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+
+    type: Literal["simpo"] = "simpo"
+    beta: Annotated[float, Field(gt=0)] = 2.0
+    """Scale of the rewards; 2 to 10 in the paper."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """Margin between the rewards; 0.1 to 0.8 times `beta` in the paper."""
+
+
+class OrpoConfig(Schema):
+    """Odds ratio preference optimisation (Hong et al. 2024): negative log-likelihood of the chosen answers plus a
+    preference for their odds, in one stage and without a reference."""
+
+    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+
+    type: Literal["orpo"] = "orpo"
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    """λ of the odds ratio term."""
 
 
 class KdConfig(Schema):
@@ -129,7 +177,10 @@ class KdConfig(Schema):
     """Weight of the divergence; the rest goes to the negative log-likelihood of the answer itself."""
 
 
-ObjectiveConfig = Annotated[SftConfig | DpoConfig | KdConfig, Field(discriminator="type")]
+ObjectiveConfig = Annotated[
+    SftConfig | DpoConfig | RobustConfig | IpoConfig | SimpoConfig | OrpoConfig | KdConfig,
+    Field(discriminator="type"),
+]
 
 
 class AdamwConfig(Schema):

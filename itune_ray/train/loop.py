@@ -27,7 +27,7 @@ from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.forward import micro_batches
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
-from itune_ray.train.objectives.dpo import REFERENCE
+from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally

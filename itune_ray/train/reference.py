@@ -15,7 +15,7 @@ from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
 from itune_ray.train.forward import forward_only, micro_batches
-from itune_ray.train.objectives.dpo import REFERENCE, segment_log_probs
+from itune_ray.train.objectives.pairs import REFERENCE, segment_log_probs
 from itune_ray.train.step import Stepper
 
 MARKER = "complete.json"

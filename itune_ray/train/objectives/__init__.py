@@ -8,6 +8,10 @@ from itune_ray.train.objectives.base import Objective
 OBJECTIVES = {
     "sft": "itune_ray.train.objectives.sft:Sft",
     "dpo": "itune_ray.train.objectives.dpo:Dpo",
+    "robust": "itune_ray.train.objectives.robust:Robust",
+    "ipo": "itune_ray.train.objectives.ipo:Ipo",
+    "simpo": "itune_ray.train.objectives.simpo:Simpo",
+    "orpo": "itune_ray.train.objectives.orpo:Orpo",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
 
