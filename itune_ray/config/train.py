@@ -87,12 +87,14 @@ class TrainedModel(Schema):
 
 # --- what is optimised ---------------------------------------------------------------------------------------------
 
+Rows = Literal["answers", "pairs", "compared", "distributions"]
+
 
 class SftConfig(Schema):
     """Supervised fine-tuning: negative log-likelihood over supervised tokens, divided once by their global count
     (survey eq. 6 and 14)."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "answers"
+    rows: ClassVar[Rows] = "answers"
     """What a row must hold, and what it becomes; see `itune_ray.train.documents`."""
 
     type: Literal["sft"] = "sft"
@@ -105,7 +107,7 @@ class DpoConfig(Schema):
     """Direct preference optimisation (survey eq. 12; Rafailov et al. 2023): -log σ(β(Δw - Δl)) over pairs, Δ the
     log-probability of an answer minus what it was before the first step."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+    rows: ClassVar[Rows] = "pairs"
 
     type: Literal["dpo"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -121,7 +123,7 @@ class RobustConfig(Schema):
     """Robust DPO (Chowdhury et al. 2024): the DPO loss of the true labels, estimated from labels of which a known share
     is flipped."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+    rows: ClassVar[Rows] = "pairs"
 
     type: Literal["robust"] = "robust"
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -133,7 +135,7 @@ class RobustConfig(Schema):
 class IpoConfig(Schema):
     """Identity preference optimisation (Azar et al. 2023): (Δw/nw - Δl/nl - 1/(2τ))² over pairs, per token."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+    rows: ClassVar[Rows] = "pairs"
 
     type: Literal["ipo"] = "ipo"
     tau: Annotated[float, Field(gt=0)] = 0.1
@@ -144,7 +146,7 @@ class SimpoConfig(Schema):
     """Simple preference optimisation (Meng et al. 2024): -log σ(β(mean log p of the chosen answer's tokens - that of
     the rejected one's) - γ), without a reference."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+    rows: ClassVar[Rows] = "pairs"
 
     type: Literal["simpo"] = "simpo"
     beta: Annotated[float, Field(gt=0)] = 2.0
@@ -157,18 +159,31 @@ class OrpoConfig(Schema):
     """Odds ratio preference optimisation (Hong et al. 2024): negative log-likelihood of the chosen answers plus a
     preference for their odds, in one stage and without a reference."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "pairs"
+    rows: ClassVar[Rows] = "pairs"
 
     type: Literal["orpo"] = "orpo"
     weight: Annotated[float, Field(gt=0)] = 0.1
     """λ of the odds ratio term."""
 
 
+class RewardConfig(Schema):
+    """A reward model (Bradley and Terry 1952; Ouyang et al. 2022): -log σ(r_w - r_l) over pairs, r a new scalar head's
+    value at an answer's last token. The result is a sequence classifier with one label."""
+
+    rows: ClassVar[Rows] = "compared"
+
+    type: Literal["reward"] = "reward"
+    margin: str | None = None
+    """Field of a row's `meta` that says by how much the chosen reward should lead (Llama 2); default: no margin."""
+    center: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of (r_w + r_l)², which holds the rewards' mean near 0; 0.01 is usual."""
+
+
 class KdConfig(Schema):
     """Knowledge distillation (survey eq. 3): KL(P_teacher || P_student) per supervised token over the teacher's stored
     k likeliest tokens and one bucket for all others, at T = 1: of a flatter teacher the k hold next to nothing."""
 
-    rows: ClassVar[Literal["answers", "pairs", "distributions"]] = "distributions"
+    rows: ClassVar[Rows] = "distributions"
 
     type: Literal["kd"] = "kd"
     k: Positive = 20
@@ -178,7 +193,7 @@ class KdConfig(Schema):
 
 
 ObjectiveConfig = Annotated[
-    SftConfig | DpoConfig | RobustConfig | IpoConfig | SimpoConfig | OrpoConfig | KdConfig,
+    SftConfig | DpoConfig | RobustConfig | IpoConfig | SimpoConfig | OrpoConfig | RewardConfig | KdConfig,
     Field(discriminator="type"),
 ]
 
@@ -338,15 +353,24 @@ class TrainJob(Job):
     @property
     def longest_document(self) -> int:
         """Tokens of the longest document: a chat or text, or a pair of chats that is never split."""
-        return self.max_length * (2 if self.objective.rows == "pairs" else 1)
+        return self.max_length * self.segments
+
+    @property
+    def segments(self) -> int:
+        """Most segments of one document, each of up to `max_length` tokens; see `itune_ray.train.documents`."""
+        return {"pairs": 2, "compared": 2}.get(self.objective.rows, 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainJob":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
         if self.pack_length is not None and self.pack_length < self.longest_document:
-            needed = "max_length" if self.longest_document == self.max_length else "twice max_length, for a pair,"
+            needed = {1: "max_length", 2: "twice max_length, for a pair,"}[self.segments]
             raise ValueError(f"pack_length {self.pack_length} must be at least {needed} {self.longest_document}")
+        if self.objective.type == "reward" and self.model.adapter is not None:
+            raise ValueError(
+                "objective reward starts from a whole model: set model.path to the merged one (step://sft/model)"
+            )
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         return self

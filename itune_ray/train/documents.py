@@ -4,6 +4,7 @@
 |---|---|---|
 | answers | a chat with an answer, or a text | one segment |
 | pairs | a chat with an answer, and the answer it was preferred to | two segments: chosen, rejected |
+| compared | as pairs | as pairs, and a margin |
 | distributions | a chat with an answer, and a teacher's top-k over it | one segment, k ids and log-probs per token |
 """
 
@@ -14,12 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from itune_ray.config.train import KdConfig, ObjectiveConfig, SftConfig, TrainJob
+from itune_ray.config.train import KdConfig, ObjectiveConfig, RewardConfig, SftConfig, TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import Record
 from itune_ray.errors import TrainError
 
+MARGIN = "margin"
+"""Column of `compared`: by how much the chosen answer is better, one per document."""
 TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
 """Columns of `distributions`: k values per supervised token, flat."""
 Document = dict[str, Any]
@@ -86,6 +89,24 @@ class Pairs:
         return {"input_ids": ids, "supervised": supervised, "lengths": lengths}
 
 
+class Compared(Pairs):
+    """A pair with its margin, read from the row's `meta` where the objective names a field.
+
+    Reasons: those of `Pairs`, and `no_margin` (the field is missing or no finite number).
+    """
+
+    schema = pa.schema([*DOCUMENT_SCHEMA, (MARGIN, pa.list_(pa.float32()))])
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        assert isinstance(job.objective, RewardConfig)
+        name = job.objective.margin
+        margin = 0.0 if name is None else number(record.meta.get(name))
+        if not math.isfinite(margin):
+            raise DocumentError("no_margin", f"meta.{name}: {record.meta.get(str(name))!r}")
+        return {**super().document(record, job, renderer), MARGIN: [margin]}
+
+
 class Distributions:
     """One chat with a teacher's k likeliest tokens at each supervised position.
 
@@ -131,7 +152,12 @@ class Distributions:
         }
 
 
-DOCUMENTS: dict[str, Documents] = {"answers": Answers(), "pairs": Pairs(), "distributions": Distributions()}
+DOCUMENTS: dict[str, Documents] = {
+    "answers": Answers(),
+    "pairs": Pairs(),
+    "compared": Compared(),
+    "distributions": Distributions(),
+}
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 
 
@@ -146,6 +172,11 @@ def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Re
         return renderer.record_ids(record, supervise)
     except UnusableRow as error:
         raise DocumentError(error.reason, str(error)) from None
+
+
+def number(value: object) -> float:
+    """A JSON number as float; NaN for anything else, true and false included."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def check_length(tokens: int, job: TrainJob) -> None:

@@ -12,6 +12,7 @@ OBJECTIVES = {
     "ipo": "itune_ray.train.objectives.ipo:Ipo",
     "simpo": "itune_ray.train.objectives.simpo:Simpo",
     "orpo": "itune_ray.train.objectives.orpo:Orpo",
+    "reward": "itune_ray.train.objectives.reward:Reward",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
 
