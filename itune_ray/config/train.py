@@ -180,14 +180,20 @@ class RewardConfig(Schema):
 
 
 class KdConfig(Schema):
-    """Knowledge distillation (survey eq. 3): KL(P_teacher || P_student) per supervised token over the teacher's stored
-    k likeliest tokens and one bucket for all others, at T = 1: of a flatter teacher the k hold next to nothing."""
+    """Knowledge distillation (survey eq. 3): a divergence between teacher and student per supervised token over the
+    teacher's stored k likeliest tokens and one bucket for all others, at T = 1: of a flatter teacher the k hold next to
+    nothing."""
 
     rows: ClassVar[Rows] = "distributions"
 
     type: Literal["kd"] = "kd"
     k: Positive = 20
     """Tokens of the teacher's that are used; rows must hold at least so many."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """forward: KL(teacher || student), which covers all that the teacher may say; reverse: KL(student || teacher),
+    which keeps to what it surely says; jsd: between the two, bounded (Agarwal et al. 2024)."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's share of the mixture in jsd; near 0 it is like forward, near 1 like reverse."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Weight of the divergence; the rest goes to the negative log-likelihood of the answer itself."""
 

@@ -31,6 +31,7 @@ MORE = {
     "robust": ({"type": "robust", "beta": 0.3}, tiny.pairs),
     "ipo": ({"type": "ipo"}, tiny.pairs),
     "simpo": ({"type": "simpo"}, tiny.pairs),
+    "kd jsd": ({"type": "kd", "k": 4, "divergence": "jsd"}, tiny.distributions),
     "orpo": ({"type": "orpo", "weight": 0.5}, tiny.pairs),
 }
 """Objectives that share their machinery with those above: fewer divisions each."""
