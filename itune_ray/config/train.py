@@ -87,7 +87,7 @@ class TrainedModel(Schema):
 
 # --- what is optimised ---------------------------------------------------------------------------------------------
 
-Rows = Literal["answers", "pairs", "compared", "distributions"]
+Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions"]
 
 
 class SftConfig(Schema):
@@ -179,6 +179,42 @@ class RewardConfig(Schema):
     """Weight of (r_w + r_l)², which holds the rewards' mean near 0; 0.01 is usual."""
 
 
+class KtoConfig(Schema):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024): answers that are each good or bad. A row is a chat with
+    a label, or a pair, which is split into a good answer and a bad one."""
+
+    rows: ClassVar[Rows] = "labelled"
+
+    type: Literal["kto"] = "kto"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """As for dpo."""
+    desirable: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of a good answer. The paper keeps desirable × good answers at 1 to 4/3 of undesirable × bad ones."""
+    undesirable: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of a bad answer."""
+    label: str = "label"
+    """Field of a row's `meta` that is true (or 1) for a good answer and false (or 0) for a bad one."""
+
+
+class RrhfConfig(Schema):
+    """Rank responses to align human feedback (Yuan et al. 2023): Σ max(0, s_i - s_j) over answers i that score below j,
+    s an answer's mean log-probability, plus the best answer's negative log-likelihood. A row is a chat whose answers
+    are in its `meta`, or a pair."""
+
+    rows: ClassVar[Rows] = "ranked"
+
+    type: Literal["rrhf"] = "rrhf"
+    answers: Annotated[int, Field(ge=2)] = 4
+    """The most answers of a row; one with more is rejected."""
+    field: str = "responses"
+    """Field of a row's `meta` that lists its answers as {response, score}; the chat's own last turn is not among them
+    unless it is listed. A row without it counts as a pair, the chosen answer above the rejected one."""
+    length_power: Annotated[float, Field(ge=0)] = 1.0
+    """λ of s = log p / length^λ."""
+    nll: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the best answers' negative log-likelihood per token."""
+
+
 class KdConfig(Schema):
     """Knowledge distillation (survey eq. 3): a divergence between teacher and student per supervised token over the
     teacher's stored k likeliest tokens and one bucket for all others, at T = 1: of a flatter teacher the k hold next to
@@ -199,7 +235,16 @@ class KdConfig(Schema):
 
 
 ObjectiveConfig = Annotated[
-    SftConfig | DpoConfig | RobustConfig | IpoConfig | SimpoConfig | OrpoConfig | RewardConfig | KdConfig,
+    SftConfig
+    | DpoConfig
+    | RobustConfig
+    | IpoConfig
+    | SimpoConfig
+    | OrpoConfig
+    | RewardConfig
+    | KtoConfig
+    | RrhfConfig
+    | KdConfig,
     Field(discriminator="type"),
 ]
 
@@ -341,7 +386,7 @@ class TrainJob(Job):
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None
-    """Tokens of one packed row; default: `max_length`, twice that for pairs."""
+    """Tokens of one packed row; default: `max_length`, for objectives over several answers that times their number."""
     micro_batch: Positive = 8
     """Packed rows of one forward pass per worker; accumulation follows from it and cannot move the loss."""
     validation: ValidationConfig | None = None
@@ -364,14 +409,18 @@ class TrainJob(Job):
     @property
     def segments(self) -> int:
         """Most segments of one document, each of up to `max_length` tokens; see `itune_ray.train.documents`."""
-        return {"pairs": 2, "compared": 2}.get(self.objective.rows, 1)
+        if self.objective.type == "rrhf":
+            return self.objective.answers
+        return {"pairs": 2, "compared": 2, "labelled": 4}.get(self.objective.rows, 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainJob":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
         if self.pack_length is not None and self.pack_length < self.longest_document:
-            needed = {1: "max_length", 2: "twice max_length, for a pair,"}[self.segments]
+            needed = {1: "max_length", 2: "twice max_length, for a pair,"}.get(
+                self.segments, f"{self.segments} times max_length, for a row's answers,"
+            )
             raise ValueError(f"pack_length {self.pack_length} must be at least {needed} {self.longest_document}")
         if self.objective.type == "reward" and self.model.adapter is not None:
             raise ValueError(

@@ -13,6 +13,8 @@ OBJECTIVES = {
     "simpo": "itune_ray.train.objectives.simpo:Simpo",
     "orpo": "itune_ray.train.objectives.orpo:Orpo",
     "reward": "itune_ray.train.objectives.reward:Reward",
+    "kto": "itune_ray.train.objectives.kto:Kto",
+    "rrhf": "itune_ray.train.objectives.rrhf:Rrhf",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
 
