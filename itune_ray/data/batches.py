@@ -49,7 +49,7 @@ class Batch:
     """Row keys of the documents, per packed row."""
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What the objective needs beside the ids, flat over the rows: [N, ...] in the order of the supervised tokens
-    (`labels[:, 1:] != -100`), or [S] in the order of the segments."""
+    (`labels[:, 1:] != -100`), [S] in the order of the segments, or [D] in that of the documents."""
 
     @property
     def num_supervised(self) -> int:

@@ -34,7 +34,7 @@ DOCUMENT_SCHEMA = pa.schema(
 )
 """One tokenised document per row, unique by key: a chat or text of one segment, or a preference pair of two, chosen
 then rejected. Segments never see each other; a document is never split, so that its segments meet in one loss. Further
-columns are flat lists, one entry (or k) per supervised token or per segment, as the objective needs them."""
+columns are flat lists, one entry (or k) per supervised token or per segment, or one, as the objective needs them."""
 PACKED_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -65,7 +65,7 @@ class PackedRow(NamedTuple):
     lengths: NDArray[np.int32]
     keys: tuple[str, ...]
     columns: Mapping[str, NDArray[np.generic]] = {}
-    """Flat values per supervised token or per segment, in order."""
+    """Flat values per supervised token, segment or document, in order."""
 
 
 @dataclass(frozen=True)

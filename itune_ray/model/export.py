@@ -4,6 +4,7 @@ Tensors are gathered, merged and written shard by shard; `config.json` (`adapter
 that has it is complete. Paths may be URIs.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from itune_ray.data.storage import Folder
 from itune_ray.model.merge import merged_tensors, stored_tensors
 from itune_ray.model.peft import ADAPTER
+from itune_ray.model.reward import HEAD, HEAD_WEIGHT, own_padding, reward_head
 from itune_ray.model.sharding import full_shape, whole
 
 SHARD_BYTES = 4 * 2**30
@@ -66,7 +69,9 @@ def write_model(
         return
     with tempfile.TemporaryDirectory() as scratch:
         config = plain.config.__class__.from_dict(plain.config.to_dict())
-        config.dtype, config.architectures = dtype, [type(plain).__name__]
+        config.dtype, config.architectures = dtype, [_architecture(plain)]
+        if reward_head(plain) is not None:
+            config.pad_token_id = own_padding(tokenizer)
         config.save_pretrained(scratch)
         if getattr(plain, "generation_config", None) is not None:
             plain.generation_config.save_pretrained(scratch)
@@ -82,7 +87,8 @@ def write_adapter(
     is_main: bool = True,
     base_path: str | None = None,
 ) -> None:
-    """Write the adapter in PEFT's format, fp32, with the tokenizer. Collective; rank 0 writes."""
+    """Write the adapter in PEFT's format, fp32, with the tokenizer; a reward model's comes with its head. Collective;
+    rank 0 writes."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     wrapped: Any = getattr(model, "module", model)
@@ -91,6 +97,10 @@ def write_adapter(
         return
     # Only names are PEFT's business; embeddings that are not adapter weights stay with the base.
     weights = get_peft_model_state_dict(wrapped, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
+    scalar = reward_head(plain_model(model)) is not None
+    if scalar:
+        name = next(name for name in trained if name.endswith(f".{HEAD_WEIGHT}"))
+        weights[name.removeprefix("module.")] = trained[name]
     folder = _Folder(out)
     folder.write_tensors("adapter_model.safetensors", {n: t.float().contiguous() for n, t in weights.items()})
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +108,10 @@ def write_adapter(
         mode, config.inference_mode = config.inference_mode, True
         if base_path is not None:
             config.base_model_name_or_path = base_path
-        config.save_pretrained(scratch)
+        saved = copy.copy(config)
+        if scalar:  # so that PEFT puts the head beside the adapter when it loads them
+            saved.task_type, saved.modules_to_save = "SEQ_CLS", [HEAD]
+        saved.save_pretrained(scratch)
         config.inference_mode = mode
         tokenizer.save_pretrained(scratch)
         folder.put_all(scratch, last="adapter_config.json")
@@ -108,6 +121,11 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT wrappers."""
     inner: Any = getattr(model, "module", model)
     return inner.get_base_model() if _peft_config(model) is not None else inner
+
+
+def _architecture(model: nn.Module) -> str:
+    """The class that transformers and vLLM know: `fully_shard` puts one of its own, FSDP..., in front of it."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)).__name__
 
 
 def _peft_config(model: nn.Module) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -61,45 +61,65 @@ def can_pack(model: Any) -> bool:
 
 
 def load_model(
-    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
+    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False, scalar: bool = False
 ) -> PreTrainedModel:
-    """A pretrained causal language model on CPU, in eval mode."""
+    """A pretrained causal language model on CPU, in eval mode.
+
+    Args:
+        scalar: With a scalar head instead, which holds anything where the folder has none (see `model.reward`).
+    """
+    auto, labels = _auto(scalar)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        return auto.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **labels
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the model cannot be loaded: {_first_line(error)}", got=folder, knob="model.path") from None
 
 
 def model_from_config(
-    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False
+    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False, scalar: bool = False
 ) -> PreTrainedModel:
-    """The architecture of a folder's config.json, its weights not loaded; see `parameters_on_meta`."""
+    """The architecture of a folder's config.json, its weights not loaded; see `parameters_on_meta`.
+
+    Args:
+        scalar: With a scalar head instead of the language model's.
+    """
+    auto, labels = _auto(scalar)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model's config is unusable: {_first_line(error)}", got=folder) from None
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    return auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code)
 
 
 def new_model(
-    init: InitConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype, attention: Attention
+    init: InitConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    attention: Attention,
+    scalar: bool = False,
 ) -> PreTrainedModel:
     """A fresh model, equal on every rank: its weights are a function of (config, tokenizer, seed)."""
     arguments = {k: v for k, v in init.config.items() if k != "model_type"}
+    auto, labels = _auto(scalar)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(
-            str(init.config.get("model_type")), **{"vocab_size": len(tokenizer), **special, **arguments}
+            str(init.config.get("model_type")), **{"vocab_size": len(tokenizer), **special, **arguments, **labels}
         )
     except (ValueError, TypeError) as error:
         raise ModelError(f"the config makes no model: {_first_line(error)}", knob="model.init.config") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return auto.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def _auto(scalar: bool) -> tuple[Any, dict[str, int]]:
+    """The Auto class of a model with either head, and what its config needs."""
+    return (AutoModelForSequenceClassification, {"num_labels": 1}) if scalar else (AutoModelForCausalLM, {})
 
 
 def count_parameters(ref: ModelRef) -> int:

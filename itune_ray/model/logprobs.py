@@ -43,6 +43,9 @@ class TokenScores(NamedTuple):
     """[N, K] fp32 log-probabilities of the tokens that `score_ids` named, differentiable."""
     tail: Tensor | None = None
     """[N] fp32 log of the probability of all other tokens, differentiable; no difference of near ones is taken."""
+    values: Tensor | None = None
+    """[S] fp32 a scalar head's values at the places it was asked for, differentiable; a model that has one has no
+    language-model head, and the other scores are empty."""
 
 
 class LogitTransform(NamedTuple):

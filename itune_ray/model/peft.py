@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from itune_ray.config.train import LoraConfig, PeftConfig
 from itune_ray.data.records import row_seed
 from itune_ray.errors import ModelError, did_you_mean
+from itune_ray.model.reward import HEAD, reward_head
 
 ADAPTER = "default"
 _WRAPPED_SEGMENTS = (".base_layer", ".token_adapter", ".original_module")
@@ -60,12 +61,16 @@ class ParameterReport:
 def apply_peft(model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
     """Wrap a model for training, after the fused head is installed and before it is sharded.
 
-    Trainable weights are fp32 whatever the base is stored in, since small updates vanish in bf16.
+    A reward model's head is trained whole beside any adapter. Trainable weights are fp32 whatever the base is stored
+    in, since small updates vanish in bf16.
     """
     if config.type == "full":
         model.requires_grad_(True)
         return model
+    head = reward_head(model)
     wrapped = _lora(model, config, tokenizer)
+    if head is not None:
+        head.requires_grad_(True)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -77,8 +82,10 @@ def apply_peft(model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrained
 def _lora(model: PreTrainedModel, config: LoraConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     tokens = _trained_rows(model, config.train_tokens, tokenizer)
     target: Any = config.target if isinstance(config.target, str) else list(config.target)
+    scalar = reward_head(model) is not None
     settings = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=None if scalar else peft.TaskType.CAUSAL_LM,
+        exclude_modules=[HEAD] if scalar and target == "all-linear" else None,
         r=config.rank,
         lora_alpha=config.alpha or 2 * config.rank,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
@@ -115,7 +122,7 @@ def _trained_rows(
     ids = [vocabulary[token] for token in tokens]
     tables: list[Any] = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:
-        tables.append(model.get_output_embeddings())
+        tables.extend(table for table in (model.get_output_embeddings(),) if table is not None)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(table)].rpartition(".")[2]: ids for table in tables}
 

@@ -14,16 +14,23 @@ from torch import Tensor, nn
 from itune_ray.data.hub import weight_files
 from itune_ray.errors import ModelError
 from itune_ray.model.peft import base_name, initial_adapter, saved_name
+from itune_ray.model.reward import HEAD_WEIGHT, initial_head
 from itune_ray.model.sharding import full_shape, held
 
 _Slices = tuple[slice, ...]
 
 
 def covers(folder: str, model: Any) -> bool:
-    """Whether the files hold every parameter of the model under its own name (tied weights once)."""
+    """Whether the files hold every parameter of the model under its own name (tied weights once), a scalar head apart:
+    where they have none, it starts anew."""
     present = set(_index(folder))
     wanted = {name for name, _ in model.named_parameters(remove_duplicate=True)}
-    return bool(present) and wanted <= present
+    return bool(present) and wanted <= present | {HEAD_WEIGHT}
+
+
+def has_reward_head(folder: str) -> bool:
+    """Whether a folder holds the weights of a reward model."""
+    return HEAD_WEIGHT in _index(folder)
 
 
 def fill_from_folder(model: nn.Module, folder: str, *, seed: int) -> None:
@@ -33,7 +40,10 @@ def fill_from_folder(model: nn.Module, folder: str, *, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             source = base_name(name)
-            if source is not None:
+            if source == HEAD_WEIGHT and source not in index:
+                start = initial_head(tuple(full_shape(parameter)), seed)
+                _copy(parameter, lambda slices, w=start: w[slices])
+            elif source is not None:
                 _copy(parameter, lambda slices, s=source: _read(index, s, slices))
             elif name in rows:
                 table, ids = rows[name]

@@ -28,7 +28,8 @@ from itune_ray.model.load import (
 )
 from itune_ray.model.logprobs import install_fused_head
 from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report
-from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder
+from itune_ray.model.reward import initial_head, install_reward_head, reward_head
+from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -66,14 +67,14 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
     model, empty = _base_model(job, folder, tokenizer, strategy, world)
     _check_vocabulary(model, tokenizer)
-    if (job.packing or job.objective.rows == "pairs") and not can_pack(model):
+    if (job.packing or job.segments > 1) and not can_pack(model):
         raise TrainError(
             "one row holds several chats, which only attention layers keep apart, and this model has others",
             got=model.config.model_type,
             allowed="packing=false, and no pairs",
             knob="packing",
         )
-    install_fused_head(model)
+    (install_reward_head if scalar(job) else install_fused_head)(model)
     masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
@@ -100,18 +101,35 @@ def _base_model(
     frozen_bf16 = job.precision == "bf16" and job.model.peft.type != "full"
     dtype = torch.bfloat16 if frozen_bf16 else torch.float32
     if job.model.init is not None:
-        return new_model(job.model.init, tokenizer, seed=job.seed, dtype=dtype, attention=attention), False
+        model = new_model(
+            job.model.init, tokenizer, seed=job.seed, dtype=dtype, attention=attention, scalar=scalar(job)
+        )
+        return _with_fresh_head(model, job), False
     assert folder is not None
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "attention": attention,
         "trust_remote_code": job.model.trust_remote_code,
+        "scalar": scalar(job),
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)
     if covers(folder, model):
         return model, True
-    return load_model(folder, **arguments), False
+    model = load_model(folder, **arguments)
+    return (model if has_reward_head(folder) else _with_fresh_head(model, job)), False
+
+
+def scalar(job: TrainJob) -> bool:
+    """Whether the job trains a scalar head in place of the language model's."""
+    return job.objective.type == "reward"
+
+
+def _with_fresh_head(model: Any, job: TrainJob) -> Any:
+    head = reward_head(model)
+    if scalar(job) and head is not None:
+        head.weight.data.copy_(initial_head(tuple(head.weight.shape), job.seed))
+    return model
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,22 +4,37 @@
 |---|---|---|
 | answers | a chat with an answer, or a text | one segment |
 | pairs | a chat with an answer, and the answer it was preferred to | two segments: chosen, rejected |
+| compared | as pairs | as pairs, and a margin |
+| labelled | a chat with an answer and a label, or a pair | one segment per answer, and as many mismatched |
+| ranked | a chat with several scored answers, or a pair | one segment per answer |
 | distributions | a chat with an answer, and a teacher's top-k over it | one segment, k ids and log-probs per token |
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from itune_ray.config.train import KdConfig, ObjectiveConfig, SftConfig, TrainJob
+from itune_ray.config.train import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig, TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
-from itune_ray.data.records import Record
+from itune_ray.data.records import Record, row_seed
 from itune_ray.errors import TrainError
 
+MARGIN = "margin"
+"""Column of `compared`: by how much the chosen answer is better, one per document."""
+ROLE = "role"
+"""Column of `labelled`: what each segment is."""
+DESIRABLE, UNDESIRABLE, MISMATCHED = 1, 0, -1
+SEGMENTS = "document_segments"
+"""Column of documents that have segments in varying number: how many, one per document."""
+SCORE = "score"
+"""Column of `ranked`: the score of each segment."""
+Answer = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Token ids of a segment and which are supervised."""
 TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
 """Columns of `distributions`: k values per supervised token, flat."""
 Document = dict[str, Any]
@@ -45,6 +60,15 @@ class Documents(Protocol):
 
     def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
         """One document; raises `DocumentError` for a row that becomes none."""
+        ...
+
+
+@runtime_checkable
+class Completed(Protocol):
+    """Documents that need all others too before they are whole."""
+
+    def completed(self, documents: pa.Table, job: TrainJob) -> pa.Table:
+        """The documents with what only all of them together can give; a function of their keys, in any order."""
         ...
 
 
@@ -84,6 +108,137 @@ class Pairs:
         check_length(max(lengths), job)
         ids, supervised = chosen.input_ids + rejected.input_ids, chosen.supervised + rejected.supervised
         return {"input_ids": ids, "supervised": supervised, "lengths": lengths}
+
+
+class Compared(Pairs):
+    """A pair with its margin, read from the row's `meta` where the objective names a field.
+
+    Reasons: those of `Pairs`, and `no_margin` (the field is missing or no finite number).
+    """
+
+    schema = pa.schema([*DOCUMENT_SCHEMA, (MARGIN, pa.list_(pa.float32()))])
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        assert isinstance(job.objective, RewardConfig)
+        name = job.objective.margin
+        margin = 0.0 if name is None else number(record.meta.get(name))
+        if not math.isfinite(margin):
+            raise DocumentError("no_margin", f"meta.{name}: {record.meta.get(str(name))!r}")
+        return {**super().document(record, job, renderer), MARGIN: [margin]}
+
+
+class Labelled:
+    """An answer with its label, or a pair as a desirable and an undesirable one; and each prompt with a foreign answer.
+
+    The foreign answers are those of the next row in an order drawn from the seed: each answer of that row meets this
+    row's prompt, in turn, cut where the segment would be longer than `max_length`. A lone row meets its own answers.
+
+    Reasons: `no_label` (neither a pair nor a label of true, false, 1 or 0), and those of `Pairs`.
+    """
+
+    schema = pa.schema([*DOCUMENT_SCHEMA, (ROLE, pa.list_(pa.int8())), (SEGMENTS, pa.list_(pa.int32()))])
+    wanted = "at least one row with an answer and a label, or with a chosen and a rejected answer"
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`; the foreign answers are still missing."""
+        assert isinstance(job.objective, KtoConfig)
+        if record.rejected is not None:
+            return {**Pairs().document(record, job, renderer), ROLE: [DESIRABLE, UNDESIRABLE], SEGMENTS: [2]}
+        label = record.meta.get(job.objective.label)
+        if record.text is not None or label not in (0, 1):
+            raise DocumentError("no_label", f"meta.{job.objective.label}: {label!r}")
+        ids, supervised = rendered(record, renderer, "last_assistant")
+        check_length(len(ids), job)
+        role = DESIRABLE if label else UNDESIRABLE
+        return {"input_ids": ids, "supervised": supervised, "lengths": [len(ids)], ROLE: [role], SEGMENTS: [1]}
+
+    def completed(self, documents: pa.Table, job: TrainJob) -> pa.Table:
+        """See `Completed.completed`."""
+        rows = [_answers(documents, index) for index in range(documents.num_rows)]
+        keys = documents["key"].to_pylist()
+        circle = sorted(range(len(rows)), key=lambda i: (row_seed(job.seed, "train.mismatch", keys[i]), keys[i]))
+        columns: dict[str, list[Any]] = {name: [[]] * len(rows) for name in self.schema.names}
+        columns |= {"key": keys, "weight": documents["weight"].to_pylist()}
+        for place, index in enumerate(circle):
+            own, foreign = rows[index], rows[circle[(place + 1) % len(circle)]]
+            mixed = [_mismatched(a, foreign[i % len(foreign)], job.max_length) for i, a in enumerate(own)]
+            columns["input_ids"][index] = np.concatenate([ids for ids, _ in (*own, *mixed)])
+            columns["supervised"][index] = np.concatenate([flags for _, flags in (*own, *mixed)])
+            columns["lengths"][index] = [len(ids) for ids, _ in (*own, *mixed)]
+            columns[ROLE][index] = [*documents[ROLE][index].as_py(), *[MISMATCHED] * len(mixed)]
+            columns[SEGMENTS][index] = [2 * len(own)]
+        return pa.table(columns, schema=self.schema)
+
+
+def _answers(documents: pa.Table, index: int) -> list[Answer]:
+    """(ids, supervised flags) of each segment of a document."""
+    ids = documents["input_ids"][index].values.to_numpy()
+    flags = documents["supervised"][index].values.to_numpy(zero_copy_only=False)
+    cuts = np.cumsum(documents["lengths"][index].values.to_numpy())[:-1]
+    return list(zip(np.split(ids, cuts), np.split(flags, cuts), strict=True))
+
+
+def _mismatched(own: Answer, foreign: Answer, max_length: int) -> Answer:
+    """The prompt of one segment with the answer of another."""
+    prompt = own[0][: int(np.argmax(own[1]))]
+    answer = foreign[0][foreign[1]][: max_length - len(prompt)]
+    flags = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return np.concatenate([prompt, answer]), flags
+
+
+class Ranked:
+    """Several answers to one chat with their scores; a pair counts as two, of scores 1 and 0.
+
+    Reasons: `no_ranking` (a text, or neither a list of {response, score} nor a pair), `too_many_answers`,
+    `equal_scores` (nothing is ranked), `equal_answers` (two have the same tokens), `too_long` (any of them).
+    """
+
+    schema = pa.schema([*DOCUMENT_SCHEMA, (SCORE, pa.list_(pa.float64())), (SEGMENTS, pa.list_(pa.int32()))])
+    wanted = "at least one row with two answers or more of different scores, each within max_length"
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        assert isinstance(job.objective, RrhfConfig)
+        answers = scored_answers(record, job.objective.field)
+        if len(answers) > job.objective.answers:
+            raise DocumentError(
+                "too_many_answers", f"{len(answers)} answers, objective.answers {job.objective.answers}"
+            )
+        scores = [score for _, score in answers]
+        if len(set(scores)) < 2:
+            raise DocumentError("equal_scores", f"all {scores[0]}")
+        turns = [(*record.prompt, {"role": "assistant", "content": text}) for text, _ in answers]
+        made = [rendered(replace(record, messages=chat), renderer, "last_assistant") for chat in turns]
+        if len({tuple(one.input_ids) for one in made}) < len(made):
+            raise DocumentError("equal_answers")
+        lengths = [len(one.input_ids) for one in made]
+        check_length(max(lengths), job)
+        return {
+            "input_ids": [i for one in made for i in one.input_ids],
+            "supervised": [flag for one in made for flag in one.supervised],
+            "lengths": lengths,
+            SCORE: scores,
+            SEGMENTS: [len(made)],
+        }
+
+
+def scored_answers(record: Record, field: str) -> list[tuple[str, float]]:
+    """(answer, score) of a row's answers."""
+    listed: object = record.meta.get(field)
+    if record.text is None and listed is None and record.rejected is not None:
+        return [(record.response or "", 1.0), (record.rejected, 0.0)]
+    found: list[tuple[str, float]] = []
+    for entry in listed if isinstance(listed, list) and record.text is None else []:
+        text, score = (
+            (entry.get("response"), number(entry.get("score"))) if isinstance(entry, dict) else (None, math.nan)
+        )
+        if not isinstance(text, str) or not math.isfinite(score):
+            raise DocumentError("no_ranking", f"meta.{field}: {entry!r}")
+        found.append((text, score))
+    if not found:
+        raise DocumentError("no_ranking", f"meta.{field}: {listed!r}")
+    return found
 
 
 class Distributions:
@@ -131,7 +286,14 @@ class Distributions:
         }
 
 
-DOCUMENTS: dict[str, Documents] = {"answers": Answers(), "pairs": Pairs(), "distributions": Distributions()}
+DOCUMENTS: dict[str, Documents] = {
+    "answers": Answers(),
+    "pairs": Pairs(),
+    "compared": Compared(),
+    "labelled": Labelled(),
+    "ranked": Ranked(),
+    "distributions": Distributions(),
+}
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 
 
@@ -146,6 +308,11 @@ def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Re
         return renderer.record_ids(record, supervise)
     except UnusableRow as error:
         raise DocumentError(error.reason, str(error)) from None
+
+
+def number(value: object) -> float:
+    """A JSON number as float; NaN for anything else, true and false included."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def check_length(tokens: int, job: TrainJob) -> None:

@@ -24,16 +24,16 @@ from itune_ray.model.load import pad_id
 from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, load_renderer
 from itune_ray.train.checkpoint import Checkpoints
-from itune_ray.train.forward import micro_batches
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
-from itune_ray.train.objectives.dpo import REFERENCE
+from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.reference import Reference, reference_of
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
+from itune_ray.train.statistic import step_batches
 from itune_ray.train.step import Leaving, Stepper, StepResult
 from itune_ray.train.strategies import build_strategy
 from itune_ray.train.validation import Validation
@@ -304,7 +304,7 @@ class Loop:
         """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
         rows = self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
         most = -(-self._table.num_rows(step) // self._world.size)
-        return micro_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
+        return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
 
 
 def _finite(result: StepResult) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from itune_ray.config.train import AdamwConfig, MuonConfig, OptimizerConfig
 from itune_ray.errors import TrainError
+from itune_ray.model.reward import reward_head
 from itune_ray.model.sharding import full_shape
 
 
@@ -66,7 +67,7 @@ def _muon(model: nn.Module, trainable: dict[str, nn.Parameter], config: MuonConf
     """Muon orthogonalises the update of hidden matrices; embeddings and the head are look-up tables, not such maps."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     plain: Any = getattr(model, "module", model)
-    head = plain.get_output_embeddings()
+    head = plain.get_output_embeddings() or reward_head(plain)
     tables |= {id(p) for p in head.parameters()} if head is not None else set()
     hidden = [p for p in trainable.values() if p.ndim == 2 and id(p) not in tables]
     rest = [p for p in trainable.values() if p.ndim != 2 or id(p) in tables]

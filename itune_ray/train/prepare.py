@@ -23,7 +23,7 @@ from itune_ray.data.order import Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
-from itune_ray.train.documents import DocumentError, documents_of
+from itune_ray.train.documents import Completed, DocumentError, documents_of
 from itune_ray.train.rows import rejection
 
 
@@ -111,11 +111,15 @@ def write_prepared(
             allowed=documents_of(job.objective).wanted,
             knob="data",
         )
+    kind = documents_of(job.objective)
+    documents = documents.drop_columns(["rejection"])
+    if isinstance(kind, Completed):
+        documents = kind.completed(documents, job)
     folder = stage / "order"
     capacity = job.pack_capacity if job.packing else None
     folder.write_json("rows.json", {"accepted": documents.num_rows, "rejected": counts})
     plan = write_order(
-        documents.drop_columns(["rejection"]),
+        documents,
         folder.uri,
         digest=preparation_digest(job, renderer),
         seed=job.seed,

@@ -6,6 +6,7 @@ keyed by row; each rank writes its part, a marker comes last. A finished pass is
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
+from itune_ray.train.documents import SEGMENTS
 from itune_ray.train.forward import forward_only, micro_batches
-from itune_ray.train.objectives.dpo import REFERENCE, segment_log_probs
+from itune_ray.train.objectives.pairs import REFERENCE, segment_log_probs
 from itune_ray.train.step import Stepper
 
 MARKER = "complete.json"
@@ -74,10 +76,11 @@ def _pass(table: PackedTable, stepper: Stepper, micro_batch: int, pad: int) -> p
 
 
 def _by_key(batch: Batch, values: list[float]) -> dict[str, list[float]]:
-    """Values of the segments, two by two, under the keys of their pairs."""
+    """Values of the segments under the keys of their documents: two each, unless a column says how many."""
     keys = [key for row in batch.keys for key in row]
-    each = len(values) // len(keys) if keys else 0
-    return {key: values[each * i : each * (i + 1)] for i, key in enumerate(keys)}
+    counts = batch.columns[SEGMENTS].tolist() if SEGMENTS in batch.columns else [2] * len(keys)
+    ends = accumulate(counts)
+    return {key: values[end - count : end] for key, count, end in zip(keys, counts, ends, strict=True)}
 
 
 def _read(folder: Folder) -> Reference:

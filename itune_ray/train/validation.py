@@ -11,8 +11,9 @@ from typing import Any
 from itune_ray.config.train import TrainJob
 from itune_ray.data.intervals import wilson
 from itune_ray.data.order import PackedRow, PackedTable
-from itune_ray.train.forward import forward_only, micro_batches
+from itune_ray.train.forward import forward_only
 from itune_ray.train.metrics import MetricsLog
+from itune_ray.train.statistic import step_batches
 from itune_ray.train.step import Stepper
 
 LOG = "validation.jsonl"
@@ -63,12 +64,13 @@ class Validation:
         for step in range(self._table.plan.steps):
             rows = self._attach(self._table.rows(step, world.rank, world.size))
             most = -(-self._table.num_rows(step) // world.size)
-            batches = micro_batches(rows, most, self._micro_batch, self._pad, self._stepper)
+            batches = step_batches(rows, most, self._micro_batch, self._pad, self._stepper)
             for batch, scores in forward_only(self._stepper, batches):
                 loss = objective(scores, batch)
                 for term, count in objective.units(batch).items():
                     units[term] += count
-                    sums[f"loss/{term}"] += float(loss.terms[term])
+                for term, total in loss.terms.items():
+                    sums[f"loss/{term}"] += float(total)
                 for name, metric in loss.metrics.items():
                     sums[name] += float(metric.total)
                     of[name] = metric.unit, metric.proportion
@@ -76,10 +78,10 @@ class Validation:
         counts = dict(zip(units, world.sum(list(units.values())), strict=True))
         row: dict[str, Any] = {
             "loss": sum(c * totals[f"loss/{term}"] / counts[term] for term, c in objective.coefficients.items()),
-            **{name: totals[name] / counts[unit] for name, (unit, _) in of.items()},
+            **{name: totals[name] / counts[unit] for name, (unit, _) in of.items() if counts[unit]},
             "n": int(counts[next(iter(objective.coefficients))]),
         }
         for name, (unit, proportion) in of.items():
-            if proportion:
+            if proportion and counts[unit]:
                 row["low"], row["high"] = wilson(totals[name], int(counts[unit]))
         return row

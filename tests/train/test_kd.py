@@ -1,5 +1,6 @@
 """Objective kd against closed forms, torch and known answers; the rows it takes and refuses."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -18,7 +19,7 @@ from itune_ray.data.records import Record, TopK
 from itune_ray.errors import TrainError
 from itune_ray.model.logprobs import LogitTransform, TokenScores, score_tokens
 from itune_ray.train.documents import TEACHER_IDS, TEACHER_LOG_PROBS, DocumentError, documents_of
-from itune_ray.train.objectives.kd import Kd, tail_bucket_kl
+from itune_ray.train.objectives.kd import Kd, tail_bucket_jsd, tail_bucket_kl, tail_bucket_reverse_kl
 
 N, H, V = 7, 12, 30
 
@@ -132,6 +133,91 @@ def test_equal_to_trls_divergence_at_its_forward_limit():
     theirs = trl.GKDTrainer.generalized_jsd_loss(logits[None], teacher[None], beta=0.0, reduction="sum")
     mine = tail_bucket_kl(top, scores.at, scores.tail).sum()
     assert float(mine.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
+
+
+DIVERGENCES: dict[str, Any] = {
+    "forward": tail_bucket_kl,
+    "reverse": tail_bucket_reverse_kl,
+    **{f"jsd {b}": functools.partial(tail_bucket_jsd, beta=b) for b in (0.1, 0.5, 0.9)},
+}
+MIXTURES = {"forward": 0.0, "reverse": 1.0, "jsd 0.1": 0.1, "jsd 0.5": 0.5, "jsd 0.9": 0.9}
+"""Divergence -> TRL's beta."""
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_with_the_whole_vocabulary_it_is_trls_with_its_gradient(name):
+    trl = pytest.importorskip("trl.experimental.gkd")
+    logits, teacher, scores, top = student_scores(V)
+    mine = DIVERGENCES[name](top, scores.at, scores.tail).sum()
+    beta = MIXTURES[name]
+    theirs = trl.GKDTrainer.generalized_jsd_loss(logits[None], teacher[None], beta=beta, reduction="sum")
+    assert float(mine.detach()) == pytest.approx(float(theirs.detach()), rel=1e-10)
+    (a,), (b,) = torch.autograd.grad(mine, [logits], retain_graph=True), torch.autograd.grad(theirs, [logits])
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_is_a_bound_that_grows_with_k(name):
+    values = []
+    for k in range(1, V + 1):
+        _, _, scores, top = student_scores(k)
+        values.append(float(DIVERGENCES[name](top, scores.at, scores.tail).sum()))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
+    assert 0 < values[0] < values[-1]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_alike_is_zero_and_without_gradient(name):
+    hidden, weight, *_ = pieces(5)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    log_q = logits.log_softmax(-1)
+    top = log_q.detach().topk(5)
+    tail = log_q.scatter(-1, top.indices, -math.inf).logsumexp(-1)
+    loss = DIVERGENCES[name](top.values, log_q.gather(-1, top.indices), tail).sum()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss, [logits])
+    assert float(gradient.abs().max()) < 1e-12
+
+
+def test_known_answers_of_the_other_divergences():
+    """p = (0.7, 0.3) and q = (0.5, 0.5), one token stored."""
+    p, q = (torch.tensor([[mass]], dtype=torch.float64) for mass in (0.7, 0.5))
+    arguments = p.log(), q.log(), q[:, 0].log()
+    reverse = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
+    assert float(tail_bucket_reverse_kl(*arguments)) == pytest.approx(reverse, abs=1e-12)
+    jsd = 0.5 * (
+        0.7 * math.log(0.7 / 0.6) + 0.3 * math.log(0.3 / 0.4) + 0.5 * math.log(0.5 / 0.6) + 0.5 * math.log(5 / 4)
+    )
+    assert float(tail_bucket_jsd(*arguments, beta=0.5)) == pytest.approx(jsd, abs=1e-12)
+
+
+def test_jsd_tends_to_either_side():
+    _, _, scores, top = student_scores(5)
+    arguments: Any = top, scores.at, scores.tail
+    for beta, scale, limit in ((1e-8, 1e-8, tail_bucket_kl), (1 - 1e-8, 1e-8, tail_bucket_reverse_kl)):
+        torch.testing.assert_close(tail_bucket_jsd(*arguments, beta=beta) / scale, limit(*arguments), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_teacher_whose_rounded_masses_leave_no_tail_stays_finite(name):
+    """fp16 log-probs may sum to more than 1."""
+    log_p = torch.tensor([[0.75, 0.2501]]).double().log()
+    logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    log_q = logits.log_softmax(-1)
+    value = DIVERGENCES[name](log_p, log_q[:, :2], log_q[:, 2:].logsumexp(-1)).sum()
+    (gradient,) = torch.autograd.grad(value, [logits])
+    assert 0 < float(value.detach()) < 14
+    assert bool(torch.isfinite(gradient).all())
+
+
+def test_the_objective_takes_the_divergence_it_is_told():
+    _, _, scores, top = student_scores(4)
+    flat = torch.zeros(1, N + 1, dtype=torch.int64)
+    columns = {TEACHER_IDS: pieces(4)[4].flatten().int(), TEACHER_LOG_PROBS: top.flatten()}
+    batch = Batch(flat, flat, flat, flat, (1,), (("a:0:0",),), columns)
+    for settings, name in (({}, "forward"), ({"divergence": "reverse"}, "reverse"), ({"divergence": "jsd"}, "jsd 0.5")):
+        found = Kd(KdConfig.model_validate({"k": 4, **settings}))(scores, batch).terms["kl"]
+        assert float(found.detach()) == pytest.approx(float(DIVERGENCES[name](top, scores.at, scores.tail).sum()))
 
 
 def test_terms_and_units():

@@ -27,24 +27,39 @@ OBJECTIVES = {
     "kd": ({"type": "kd", "k": 4, "alpha": 0.7}, tiny.distributions),
 }
 """Name -> `objective` of a job, and its rows."""
+MORE = {
+    "robust": ({"type": "robust", "beta": 0.3}, tiny.pairs),
+    "ipo": ({"type": "ipo"}, tiny.pairs),
+    "simpo": ({"type": "simpo"}, tiny.pairs),
+    "kd jsd": ({"type": "kd", "k": 4, "divergence": "jsd"}, tiny.distributions),
+    "orpo": ({"type": "orpo", "weight": 0.5}, tiny.pairs),
+}
+"""Objectives that share their machinery with those above: fewer divisions each."""
 CASES = [
     (objective, strategy, world, accumulation, packing)
     for objective, strategy, world, accumulation in itertools.product(OBJECTIVES, STRATEGIES, (1, 2), (1, 4))
     for packing in ((False, True) if objective == "sft" else (accumulation == 4,))
     if objective == "sft" or strategy != "zero1"
 ]
+CASES += [(name, *PLAIN) for name in MORE]
+CASES += [
+    (name, *division)
+    for name, division in itertools.product(MORE, (("ddp", 1, 4, True), ("fsdp2", 2, 1, True), ("zero3", 2, 4, False)))
+]
 
 
 def job_of(folder, objective, strategy, world, accumulation, packing, **overrides):
     rows = 8 if packing else BATCH  # packing roughly halves the rows of these documents
+    config = (OBJECTIVES | MORE)[objective][0]
+    longest = tiny.job(folder, objective=config).longest_document
     return tiny.job(
         folder,
         steps=2,
         batch=BATCH,
         packing=packing,
-        pack_length=160 if objective != "dpo" else 256,
+        pack_length=max(160, longest),
         micro_batch=max(1, rows // (world * accumulation)),
-        **{"strategy": STRATEGIES[strategy], "objective": OBJECTIVES[objective][0], **overrides},
+        **{"strategy": STRATEGIES[strategy], "objective": config, **overrides},
     )
 
 
@@ -63,7 +78,7 @@ def figures(folder, tmp_path_factory):
     prepared = {}
     for case in CASES:
         stage = str(tmp_path_factory.mktemp("stage"))
-        job, rows = job_of(folder, *case), OBJECTIVES[case[0]][1]
+        job, rows = job_of(folder, *case), (OBJECTIVES | MORE)[case[0]][1]
         prepare_locally(job, rows(2 * BATCH), stage)
         prepared[case] = (job, stage)
     result = {}
@@ -124,14 +139,14 @@ def test_a_mean_of_means_is_caught(figures, folder, tmp_path, monkeypatch):
     assert wrong[1][0] != pytest.approx(figures["sft", *PLAIN][1][0], rel=1e-5)
 
 
-ALONE = list(itertools.product(OBJECTIVES, ("ddp", "fsdp2", "zero3")))
+ALONE = [*itertools.product(OBJECTIVES, ("ddp", "fsdp2", "zero3")), *itertools.product(MORE, ("ddp", "fsdp2"))]
 
 
 def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path):
     """One document a step for two ranks, against one process by ddp."""
     jobs, one = [], []
     for objective, strategy in ALONE:
-        config, rows = OBJECTIVES[objective]
+        config, rows = (OBJECTIVES | MORE)[objective]
         settings = {"steps": 2, "batch": 1, "objective": config}
         stage = tmp_path / objective / strategy
         if strategy == "ddp":

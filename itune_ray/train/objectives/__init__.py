@@ -8,6 +8,13 @@ from itune_ray.train.objectives.base import Objective
 OBJECTIVES = {
     "sft": "itune_ray.train.objectives.sft:Sft",
     "dpo": "itune_ray.train.objectives.dpo:Dpo",
+    "robust": "itune_ray.train.objectives.robust:Robust",
+    "ipo": "itune_ray.train.objectives.ipo:Ipo",
+    "simpo": "itune_ray.train.objectives.simpo:Simpo",
+    "orpo": "itune_ray.train.objectives.orpo:Orpo",
+    "reward": "itune_ray.train.objectives.reward:Reward",
+    "kto": "itune_ray.train.objectives.kto:Kto",
+    "rrhf": "itune_ray.train.objectives.rrhf:Rrhf",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
 

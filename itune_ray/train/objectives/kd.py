@@ -1,14 +1,21 @@
 """Knowledge distillation from stored distributions (survey eq. 3; Hinton et al. 2015).
 
-    L = alpha/N Σ_n KL_n + (1-alpha)/N Σ_n -log q_n(y_n)
-    KL_n = Σ_{v in top k} p_v log(p_v / q_v) + p_tail log(p_tail / q_tail)
+    L = alpha/N Σ_n D_n + (1-alpha)/N Σ_n -log q_n(y_n)
+    forward  KL(p||q) = Σ_{v in top k} p_v log(p_v / q_v) + p_tail log(p_tail / q_tail)
+    reverse  KL(q||p)
+    jsd      β KL(p||m) + (1-β) KL(q||m),   m = β p + (1-β) q     (Agarwal et al. 2024, eq. 1)
 
 over the N supervised tokens of the global batch, p the teacher's and q the student's distribution. The bucket for all
-other tokens keeps KL_n a lower bound of the whole divergence that grows with k (data processing inequality);
+other tokens keeps D_n a lower bound of the whole divergence that grows with k (data processing inequality);
 renormalising the k would be no bound and points elsewhere (methods T17: cosine with the full gradient 0.98 against 0.90
-at k = 20). p_tail is taken in fp64, where 1 - Σ p does not cancel, q_tail from the head's own logarithm.
+at k = 20). p_tail is taken in fp64, where 1 - Σ p does not cancel, q_tail from the head's own logarithm. D_n is 0 where
+p = q; divided by β, or by 1-β, jsd tends to forward or reverse as β tends to 0 or 1.
+
+A stored teacher may leave nothing to the tail, since its log-probs are rounded to fp16. The reverse divergence would
+then be infinite for any student, so there p_tail counts as at least 1e-6: log(q_tail / p_tail) stays below 14.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,9 +27,14 @@ from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import TEACHER_IDS, TEACHER_LOG_PROBS
 from itune_ray.train.objectives.base import Loss, Metric
 
+TAIL_FLOOR = 1e-6
+"""Least mass of the teacher's tail in the reverse divergence."""
+SMALLEST = 1e-300
+"""A mass that adds nothing to a sum, and whose logarithm is finite."""
+
 
 class Kd:
-    """Terms `kl` and, below alpha 1, `nll`, both per supervised token.
+    """Terms `kl`, whichever divergence it is, and, below alpha 1, `nll`, both per supervised token.
 
     Reports `kl`, `nll` and `teacher_mass`, the mean probability that the k tokens hold.
     """
@@ -52,7 +64,7 @@ class Kd:
         assert scores.tail is not None
         stored = batch.columns.get(TEACHER_LOG_PROBS, scores.at.new_zeros(0))
         log_p = stored.double().unflatten(0, (-1, self.config.k))
-        divergence = tail_bucket_kl(log_p, scores.at, scores.tail)
+        divergence = self._divergence(log_p, scores.at, scores.tail)
         nll = -scores.log_probs.sum()
         terms = {"kl": divergence.sum(), "nll": nll}
         metrics = {
@@ -61,6 +73,15 @@ class Kd:
             "teacher_mass": Metric(log_p.exp().sum(), "kl"),
         }
         return Loss({name: terms[name] for name in self.coefficients}, metrics)
+
+    def _divergence(self, log_p: Tensor, at: Tensor, tail: Tensor) -> Tensor:
+        match self.config.divergence:
+            case "forward":
+                return tail_bucket_kl(log_p, at, tail)
+            case "reverse":
+                return tail_bucket_reverse_kl(log_p, at, tail)
+            case "jsd":
+                return tail_bucket_jsd(log_p, at, tail, self.config.beta)
 
 
 def tail_bucket_kl(log_p: Tensor, at: Tensor, tail: Tensor) -> Tensor:
@@ -77,3 +98,27 @@ def tail_bucket_kl(log_p: Tensor, at: Tensor, tail: Tensor) -> Tensor:
     others = torch.isfinite(tail)  # with k = V there are none
     log_q_tail = torch.where(others, tail.double(), 0.0)
     return inside + torch.where(others, torch.special.xlogy(p_tail, p_tail) - p_tail * log_q_tail, 0.0)
+
+
+def tail_bucket_reverse_kl(log_p: Tensor, at: Tensor, tail: Tensor) -> Tensor:
+    """KL [N] of a student's distribution against a teacher's top-k with tail bucket; arguments of `tail_bucket_kl`."""
+    log_q, log_p = _with_buckets(log_p, at, tail, floor=TAIL_FLOOR)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def tail_bucket_jsd(log_p: Tensor, at: Tensor, tail: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence [N] of the same distributions; arguments of `tail_bucket_kl`."""
+    log_q, log_p = _with_buckets(log_p, at, tail, floor=SMALLEST)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return beta * teacher + (1 - beta) * (log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def _with_buckets(log_p: Tensor, at: Tensor, tail: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(student's, teacher's) logarithms [N, k + 1], the bucket last; an empty one, at k = V, holds `SMALLEST`."""
+    others = torch.isfinite(tail)
+    p_tail = (1 - log_p.exp().sum(-1)).clamp(min=floor)
+    nothing = math.log(SMALLEST)
+    log_q_tail = torch.where(others, tail.double(), nothing)
+    log_p_tail = torch.where(others, p_tail.log(), nothing)
+    return torch.cat([at.double(), log_q_tail[:, None]], -1), torch.cat([log_p, log_p_tail[:, None]], -1)

@@ -1,0 +1,90 @@
+"""An objective on the tiny model against an oracle that sees each segment alone, through plain transformers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from itune_ray.data.batches import Batch, collate, model_inputs
+from itune_ray.data.order import PackedTable
+from itune_ray.data.records import Record
+from itune_ray.model.logprobs import install_fused_head
+from itune_ray.train.objectives import build_objective
+from itune_ray.train.objectives.pairs import REFERENCE
+from itune_ray.train.prepare import prepare_locally
+
+Segments = list[Tensor]
+"""Log-probabilities of each segment's supervised tokens, segments in the order of the batch."""
+
+
+def batch_of(job: Any, rows: list[Record], stage: Path) -> Batch:
+    """The first step's rows as one micro-batch, with a made-up reference where the objective needs one."""
+    prepared = prepare_locally(job, rows, str(stage))
+    batch = collate(PackedTable(prepared.folder).rows(0), pad_id=0)
+    if REFERENCE not in build_objective(job.objective).needs:
+        return batch
+    torch.manual_seed(3)
+    reference = -30 * torch.rand(sum(batch.num_segments), dtype=torch.float64)
+    return replace(batch, columns={**batch.columns, REFERENCE: reference})
+
+
+def ours(job: Any, folder: Path, batch: Batch) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    """(loss, gradient by parameter, metrics by their units) of the job's objective through the fused head."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    install_fused_head(model)
+    objective = build_objective(job.objective)
+    scores = model(
+        **model_inputs(batch, "mask_4d", torch.float32),
+        labels=batch.labels,
+        token_scores=True,
+        **objective.head_inputs(batch),
+    )
+    loss, units = objective(scores, batch), objective.units(batch)
+    total = sum((c * loss.terms[name] / units[name] for name, c in objective.coefficients.items()), torch.zeros(()))
+    total.backward()
+    metrics = {name: float(metric.total) / units[metric.unit] for name, metric in loss.metrics.items()}
+    return float(total.detach()), gradients(model), metrics
+
+
+def oracle(folder: Path, batch: Batch, formula: Callable[[Segments], Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradient by parameter) of a formula over the segments' log-probabilities."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    total = formula(segments(model, batch))
+    total.backward()
+    return float(total.detach()), gradients(model)
+
+
+def segments(model: Any, batch: Batch) -> Segments:
+    """Each segment's supervised tokens, from a forward pass of the segment alone."""
+    found: Segments = []
+    for row, count in enumerate(batch.num_segments):
+        for segment in range(count):
+            inside = batch.segments[row] == segment
+            ids, labels = batch.input_ids[row][inside], batch.labels[row][inside]
+            log_p = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            taken = log_p.gather(-1, ids[1:, None])[:, 0]
+            found.append(taken[labels[1:] != -100])
+    return found
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(mine: tuple[Any, ...], theirs: tuple[Any, ...], rtol: float = 1e-4) -> None:
+    """Loss to 1e-5, every gradient to `rtol` of its largest entry."""
+    assert mine[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-7)
+    assert mine[1].keys() == theirs[1].keys()
+    for name, expected in theirs[1].items():
+        assert float((mine[1][name] - expected).abs().max()) <= rtol * float(expected.abs().max()), name
+        assert float(expected.abs().max()) > 0, name
+
+
+def pair_job(folder: Path, objective: dict[str, Any], packing: bool) -> Any:
+    return tiny.job(folder, objective=objective, packing=packing, batch=6, steps=1)
