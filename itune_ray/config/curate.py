@@ -471,6 +471,8 @@ class CurateJob(Job):
     D38); the inputs' own weights count as sizes. Default: weights as given."""
     max_repeats: Annotated[float, Field(ge=1)] = 4.0
     """Of `mixing`: the largest weight it gives; a smaller input than that can serve falls short of its share."""
+    keep_unsafe: bool = False
+    """Keep rows that a recipe made to provoke (`meta.unsafe`): they serve evaluation, and no training takes them."""
     min_rows: Positive = 1
     """The job fails when fewer rows are kept: no training on an empty table, hours later."""
     blocks: Positive = 8

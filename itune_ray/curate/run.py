@@ -36,6 +36,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.mixture import unite
+from itune_ray.data.records import UNSAFE
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost
@@ -93,6 +94,8 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         step.filter.prepare()
     mixture = unite(job.inputs, tables)
     board = Board(mixture)
+    if not job.keep_unsafe:
+        _drop_unsafe(board)
     state = Run(job, board, runs, engines, progress)
     groups = list(passes(steps))
     with progress.task(stage, mixture.rows_in) as task:
@@ -103,6 +106,12 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         task.update(mixture.rows_in, kept=len(board.alive()))
     publish(job, artifact, board, tables, state.manifest())
     return artifact
+
+
+def _drop_unsafe(board: Board) -> None:
+    for row in board.alive():
+        if board.record(row).meta.get(UNSAFE) is True:
+            board.reject(row, UNSAFE, "keep_unsafe")
 
 
 def _apply(group: Sequence[Step], state: Run) -> None:

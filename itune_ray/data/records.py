@@ -14,6 +14,9 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+UNSAFE = "unsafe"
+"""Entry of `meta` that is true in rows made to provoke; they serve evaluation, and no training takes them."""
+
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": str}`."""
 

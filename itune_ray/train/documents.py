@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from itune_ray.config.train import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig, TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
-from itune_ray.data.records import Record, row_seed
+from itune_ray.data.records import UNSAFE, Record, row_seed
 from itune_ray.errors import TrainError
 
 MARGIN = "margin"
@@ -303,7 +303,10 @@ def documents_of(objective: ObjectiveConfig) -> Documents:
 
 
 def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Rendered:
-    """Token ids of a row and its supervised flags; raises `DocumentError` where the renderer cannot tell them."""
+    """Token ids of a row and its supervised flags; raises `DocumentError` where the renderer cannot tell them, or where
+    the row was made to provoke (`red_team`)."""
+    if record.meta.get(UNSAFE) is True:
+        raise DocumentError("unsafe", "meta.unsafe: a row for evaluation, not for training")
     try:
         return renderer.record_ids(record, supervise)
     except UnusableRow as error:

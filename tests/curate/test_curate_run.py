@@ -59,6 +59,13 @@ def no_ray(monkeypatch):
     monkeypatch.setattr(stage.cluster, "connect", lambda *_: pytest.fail("Ray was touched"))
 
 
+def test_rows_made_to_provoke_are_kept_only_where_the_job_says_so(tmp_path, no_ray):
+    rows = [qa("q", "a"), qa("r", "b", unsafe=True), qa("s", "c", unsafe=False)]
+    source = write(tmp_path / "in.jsonl", rows)
+    assert ends(curate(tmp_path, [source]))["in:1:0"] == ("rejected", "unsafe")
+    assert {end[0] for end in ends(curate(tmp_path, [source], keep_unsafe=True)).values()} == {"accepted"}
+
+
 def test_bad_input_is_accounted_for_and_never_ends_the_stage(tmp_path, no_ray):
     rows = [qa("q", "a"), "{broken", qa("r", ""), qa("s", 3), qa("", "a"), qa("t", "b")]
     artifact = curate(tmp_path, [write(tmp_path / "in.jsonl", rows)])

@@ -20,16 +20,18 @@ def test_unusable_rows_are_quarantined_with_their_reason(folder, tmp_path):
         Record(source="bad", position=1, messages=(QUESTION, {"role": "assistant", "content": " \n"})),
         tiny.chat("apple?", "river " * 500, position=2),
         Record(source="bad", position=3, text=""),
+        tiny.chat("apple?", "river", position=4, meta={"unsafe": True}),
     ]
     prepared = prepare_locally(tiny.job(folder), [*good, *bad], str(tmp_path))
     assert prepared.accepted == 6
-    assert prepared.rejected == {"no_answer": 2, "no_supervised_tokens": 1, "too_long": 1}
+    assert prepared.rejected == {"no_answer": 2, "no_supervised_tokens": 1, "too_long": 1, "unsafe": 1}
     rejected = pq.read_table(tmp_path / "rejected" / "part-0.parquet").to_pylist()
     assert {row["key"]: row["reason"] for row in rejected} == {
         "bad:0:0": "no_answer",
         "bad:1:0": "no_answer",
         "tiny:2:0": "too_long",
         "bad:3:0": "no_supervised_tokens",
+        "tiny:4:0": "unsafe",
     }
     assert all(json.loads(row["meta"])["detail"] for row in rejected)
     too_long = next(row for row in rejected if row["reason"] == "too_long")

@@ -13,7 +13,7 @@ from itune_ray.config.base import digest
 from itune_ray.config.recipes import RedTeamConfig
 from itune_ray.config.shared import FileSource
 from itune_ray.data.ledger import Outcome
-from itune_ray.data.records import Record
+from itune_ray.data.records import UNSAFE, Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.judge import parse_score
@@ -64,7 +64,7 @@ class RedTeam(Chain):
         target = calls.model("target")
         calls.draft = dataclasses.replace(
             calls.draft,
-            meta={**row.meta, "unsafe": True},
+            meta={**row.meta, UNSAFE: True},
             model=target.model,
             sampling=recorded(sampling_of(self._config.answer)),
         )
