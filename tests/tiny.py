@@ -117,6 +117,17 @@ def pairs(count: int) -> list[Record]:
     ]
 
 
+def ranked(count: int) -> list[Record]:
+    """Pairs, and chats with three or four answers, two of which may score alike."""
+    made = []
+    for record in pairs(count):
+        words = WORDS[record.position % 6 :]
+        listed = [{"response": " ".join(words[: 1 + i]), "score": s} for i, s in enumerate((0.5, 2, -1, 0.5))]
+        kept = listed[: 2 + record.position % 3]
+        made.append(replace(record, rejected=None, meta={"responses": kept}) if record.position % 3 else record)
+    return made
+
+
 def distributions(count: int, k: int = 4) -> list[Record]:
     """Distillation rows: the same chats, each with made-up top-k distributions over its answer."""
     renderer, rows = ChatRenderer(tokenizer()), []

@@ -12,24 +12,12 @@ from torch import Tensor
 
 from itune_ray.config.train import RrhfConfig
 from itune_ray.data.batches import Batch, collate
-from itune_ray.data.records import Record
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import SCORE, SEGMENTS
 from itune_ray.train.objectives.rrhf import Rrhf
 from itune_ray.train.prepare import prepare_locally
 
 RRHF = {"type": "rrhf", "answers": 4}
-
-
-def rows(count: int) -> list[Record]:
-    """Pairs, and chats with three or four answers, two of which may score alike."""
-    made = []
-    for record in tiny.pairs(count):
-        words = tiny.WORDS[record.position % 6 :]
-        listed = [{"response": " ".join(words[: 1 + i]), "score": s} for i, s in enumerate((0.5, 2, -1, 0.5))]
-        kept = listed[: 2 + record.position % 3]
-        made.append(replace(record, rejected=None, meta={"responses": kept}) if record.position % 3 else record)
-    return made
 
 
 def rrhf_job(folder: Path, packing: bool, **objective: Any) -> Any:
@@ -48,7 +36,7 @@ def rank_loss(scores: Tensor, rewards: Tensor) -> Tensor:
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_it_is_the_papers_code(folder, tmp_path, packing, power):
     job = rrhf_job(folder, packing, length_power=power, nll=0.7)
-    batch = batch_of(job, rows(7), tmp_path)
+    batch = batch_of(job, tiny.ranked(7), tmp_path)
     assert sorted(batch.columns[SEGMENTS].tolist()) == [2, 2, 2, 3, 3, 4, 4]
 
     def formula(found: list[Tensor]) -> Tensor:
