@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from itune_ray.config.adaptation import PROMPTS, AdaloraConfig
 from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import Masking
 from itune_ray.data.chat import ChatRenderer
@@ -27,7 +28,8 @@ from itune_ray.model.load import (
     new_model,
 )
 from itune_ray.model.logprobs import install_fused_head
-from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report
+from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report, starts_by_name
+from itune_ray.model.peft.adalora import RankBudget
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
@@ -44,6 +46,8 @@ class Built:
     report: ParameterReport
     source: str | None
     """Folder the base weights came from; None for a fresh model."""
+    budget: RankBudget | None = None
+    """AdaLoRA's, which takes part in every step."""
 
 
 def load_renderer(model: TrainedModel) -> ChatRenderer:
@@ -75,7 +79,15 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         )
     install_fused_head(model)
     masking = masking_for(model)
+    if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):
+        raise TrainError(
+            "a trained prompt needs attention that takes an explicit mask, without a sliding window",
+            got=f"{model.config.model_type} with attention {model.config._attn_implementation}",
+            allowed="a model without sliding windows, with eager or sdpa",
+            knob="model.attention",
+        )
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
         check_adapter(adapted, adapter)
@@ -89,7 +101,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if adapter is not None:
         fill_from_adapter(placed, adapter)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    return Built(placed.train(), masking, dtype, report, folder)
+    return Built(placed.train(), masking, dtype, report, folder, budget)
 
 
 def _base_model(
@@ -109,7 +121,7 @@ def _base_model(
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)
-    if covers(folder, model):
+    if covers(folder, model) and starts_by_name(job.model.peft):
         return model, True
     return load_model(folder, **arguments), False
 
