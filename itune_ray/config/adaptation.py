@@ -229,13 +229,11 @@ class Support:
     """Strategy -> why it cannot train the method; all others do."""
 
 
-_OWN_PARAMETERS = "its parameters are used outside the module that holds them, where ZeRO-3 has not gathered them"
 _ZERO = "DeepSpeed keeps gradients to itself, and the budget needs them"
 _FOUR_BITS = "4-bit codes are buffers, which stay whole on every rank, so nothing of the base would be sharded"
 _SHARED = "its matrices A are shared by all layers, and weights are sharded layer by layer"
 
 _MERGED = Support("merged", "vLLM takes LoRA adapters alone")
-_MERGED_BUT_ZERO3 = Support("merged", "vLLM takes LoRA adapters alone", {"zero3": _OWN_PARAMETERS})
 _PROMPT = Support("none", "the prompt is no token: it would have to be sent as embeddings")
 _PREFIX = Support("none", "vLLM takes no keys and values from outside")
 _MODULES = Support("none", "the bottlenecks are new modules that vLLM's models lack")
@@ -244,7 +242,7 @@ SUPPORT: dict[str, Support] = {
     "full": Support("merged", "the weights themselves"),
     "lora": Support("adapter", "many adapters share one engine"),
     "rslora": Support("adapter", "the scale is read from the adapter"),
-    "dora": Support("merged", "vLLM refuses adapters with row lengths", {"zero3": _OWN_PARAMETERS}),
+    "dora": Support("merged", "vLLM refuses adapters with row lengths"),
     "qlora": Support(
         "merged",
         "the adapter fits the rounded base, not the original",
@@ -260,15 +258,17 @@ SUPPORT: dict[str, Support] = {
             "zero3": _ZERO,
         },
     ),
-    "ia3": _MERGED_BUT_ZERO3,
+    "ia3": _MERGED,
     "ln_tuning": _MERGED,
-    "vera": _MERGED_BUT_ZERO3,
-    "oft": _MERGED_BUT_ZERO3,
-    "loha": _MERGED_BUT_ZERO3,
-    "lokr": _MERGED_BUT_ZERO3,
-    "hra": _MERGED_BUT_ZERO3,
-    "miss": _MERGED_BUT_ZERO3,
-    "fourierft": _MERGED_BUT_ZERO3,
+    "vera": _MERGED,
+    "oft": Support(
+        "merged", _MERGED.note, {"zero3": "its forward pass waits for weights that ZeRO-3 does not gather (it hangs)"}
+    ),
+    "loha": _MERGED,
+    "lokr": _MERGED,
+    "hra": _MERGED,
+    "miss": _MERGED,
+    "fourierft": _MERGED,
     "bitfit": Support("merged", "a plain checkpoint of a family that knows biases"),
     "prompt_tuning": _PROMPT,
     "p_tuning": _PROMPT,
@@ -276,7 +276,7 @@ SUPPORT: dict[str, Support] = {
     "p_tuning_v2": _PREFIX,
     "houlsby": _MODULES,
     "pfeiffer": _MODULES,
-    "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED, "zero3": _SHARED}),
+    "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
 }
 """Method -> what it works with; `docs/peft.md` shows it as a table, and a test trains or refuses every cell."""
 

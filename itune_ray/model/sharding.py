@@ -43,9 +43,15 @@ def _joined(parameter: Any, run: Tensor) -> Tensor:
 
 
 def whole_copy(module: nn.Module) -> Any:
-    """A copy of a module on CPU with whole tensors, those of a float type in fp32. Collective when it is sharded."""
+    """A copy of a module on CPU with whole tensors, those of a float type in fp32, and without hooks. Collective when
+    it is sharded."""
     tensors = {id(p): nn.Parameter(_writable(whole(p)), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, {**tensors, **{id(b): _writable(whole(b)) for b in module.buffers()}})
+    copied = copy.deepcopy(module, {**tensors, **{id(b): _writable(whole(b)) for b in module.buffers()}})
+    for part in copied.modules():  # ZeRO-3 gathers in hooks, and in a dictionary of its own
+        part._parameters = dict(part._parameters)
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+    return copied
 
 
 def _writable(tensor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 ADAPTER = "default"
 _WRAPPED_SEGMENTS = (".base_layer", ".token_adapter", ".original_module")
+TRAINING_ONLY = ("adalora_", "nf4_")
+"""How buffers begin that training needs and a saved adapter does not."""
 _OWN = tuple(
     {
         *PEFT_TYPE_TO_PREFIX_MAPPING.values(),
@@ -11,10 +13,9 @@ _OWN = tuple(
         "vera_B",
         "ranknum",
         "trainable_tokens",
-        "adalora_",
         "bottleneck_adapter",
         "prompt_encoder",
-        "nf4_",
+        *TRAINING_ONLY,
     }
 )
 """How a segment of the name of an adapter's own parameter or buffer begins."""

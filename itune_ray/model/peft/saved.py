@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from itune_ray.config.adaptation import BOTTLENECKS
 from itune_ray.errors import ModelError
 from itune_ray.model.peft.bottleneck import CONFIG, apply_bottlenecks
-from itune_ray.model.peft.names import ADAPTER, base_name
+from itune_ray.model.peft.names import ADAPTER, TRAINING_ONLY, base_name
 from itune_ray.model.peft.prompts import is_prompted, trained_prompt
 from itune_ray.model.sharding import whole
 
@@ -45,7 +45,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         return trained
     # Buffers such as VeRA's projections belong to some methods. Of the rest only names are PEFT's business; embeddings
     # that are not adapter weights stay with the base.
-    trained |= {name: whole(b) for name, b in inner.named_buffers(remove_duplicate=False) if base_name(name) is None}
+    for name, buffer in inner.named_buffers(remove_duplicate=False):
+        if base_name(name) is None and not name.rpartition(".")[2].startswith(TRAINING_ONLY):
+            trained[name] = whole(buffer)
     return get_peft_model_state_dict(inner, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
