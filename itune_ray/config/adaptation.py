@@ -261,9 +261,7 @@ SUPPORT: dict[str, Support] = {
     "ia3": _MERGED,
     "ln_tuning": _MERGED,
     "vera": _MERGED,
-    "oft": Support(
-        "merged", _MERGED.note, {"zero3": "its forward pass waits for weights that ZeRO-3 does not gather (it hangs)"}
-    ),
+    "oft": _MERGED,
     "loha": _MERGED,
     "lokr": _MERGED,
     "hra": _MERGED,
@@ -293,3 +291,17 @@ def refusal(peft: Adaptation, strategy: Any) -> str | None:
         return None
     others = ", ".join(other for other in STRATEGY_NAMES if other not in support.refused)
     return f"method {peft.name} cannot be trained with strategy {name}: {reason}; set strategy to one of {others}"
+
+
+def support_table() -> str:
+    """`SUPPORT` as the Markdown table of `docs/peft.md`."""
+    head = f"| method | {' | '.join(STRATEGY_NAMES)} | to vLLM | because |"
+    lines = [head, "|" + "---|" * (len(STRATEGY_NAMES) + 3)]
+    for method, support in SUPPORT.items():
+        cells = " | ".join("refused" if name in support.refused else "yes" for name in STRATEGY_NAMES)
+        lines.append(f"| {method} | {cells} | {support.route} | {support.note} |")
+    reasons: dict[str, list[str]] = {}
+    for method, support in SUPPORT.items():
+        for name, reason in support.refused.items():
+            reasons.setdefault(reason, []).append(f"{method} with {name}")
+    return "\n".join([*lines, "", *(f"- {', '.join(cells)}: {reason}." for reason, cells in reasons.items())])
