@@ -1,11 +1,11 @@
 """Every method with every strategy: the same run as one process by ddp, or a refusal that says why."""
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from methods import METHODS
 from pydantic import ValidationError
 from ranks import STRATEGIES, run_ranks
 from safetensors.torch import load_file
@@ -14,9 +14,6 @@ from itune_ray.config.adaptation import SUPPORT
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.prepare import prepare_locally
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from methods import METHODS
 
 pytestmark = pytest.mark.real
 CELLS = list(itertools.product(METHODS, STRATEGIES))

@@ -1,11 +1,9 @@
 """Methods inside the loop: exact resume, bf16, recomputation, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
+from methods import METHODS
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,9 +12,6 @@ from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.peft.saved import load_adapted
 from itune_ray.train.loop import train_local
 from itune_ray.train.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from methods import METHODS
 
 ADALORA = {"type": "adalora", "rank": 6, "target_rank": 2, "warmup": 0.2, "final": 0.2}
 
