@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field, JsonValue, model_validator
 
+from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.axes import AxisValues, check_axes, grid, of_section, told, with_values
 from itune_ray.config.base import Schema, Tree, digest, validate
 from itune_ray.config.compress import CompressJob
@@ -214,10 +215,10 @@ def _check_budget(job: SweepJob) -> None:
 
 
 def _check_adapter(point: Point) -> None:
-    if point.train.model.peft.type != "lora" or point.train.model.path is None:
+    if SUPPORT[point.train.model.peft.name].route != "adapter" or point.train.model.path is None:
         raise ConfigError(
             "trials are served as adapters of one engine per model",
-            got=f"train.model.peft.type={point.train.model.peft.type}",
-            allowed="lora, on a pretrained model",
+            got=f"train.model.peft: {point.train.model.peft.name}",
+            allowed="lora or rslora, on a pretrained model",
             knob="train.model.peft.type",
         )

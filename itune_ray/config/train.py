@@ -4,36 +4,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from itune_ray.config.adaptation import FullConfig as FullConfig
+from itune_ray.config.adaptation import LoraConfig as LoraConfig
+from itune_ray.config.adaptation import PeftConfig as PeftConfig
+from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
-# --- adaptation ----------------------------------------------------------------------------------------------------
-
-
-class FullConfig(Schema):
-    """Train every weight."""
-
-    type: Literal["full"] = "full"
-
-
-class LoraConfig(Schema):
-    """Low-rank adaptation W' = W0 + (alpha / rank) B A (survey eq. 7; Hu et al. 2022)."""
-
-    type: Literal["lora"] = "lora"
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale numerator; default: twice the rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Module names to adapt; `all-linear` takes every linear layer but the head (QLoRA's recipe)."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-    train_tokens: tuple[str, ...] = ()
-    """Tokens whose embedding rows are trained too, e.g. chat markers the base never saw."""
-
-
-PeftConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="type")]
+# --- the model -----------------------------------------------------------------------------------------------------
 
 
 class InitConfig(Schema):
@@ -428,4 +407,11 @@ class TrainJob(Job):
             )
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
+        if (reason := refusal(self.model.peft, self.strategy)) is not None:
+            raise ValueError(reason)
+        if self.gradient_checkpointing and self.model.peft.type in ("prefix_tuning", "p_tuning_v2"):
+            raise ValueError(
+                f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "
+                "set gradient_checkpointing=false"
+            )
         return self

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from itune_ray.errors import ModelError
-from itune_ray.model.peft import ADAPTER, saved_name
+from itune_ray.model.peft.names import ADAPTER, saved_name
 
 WEIGHTS = "adapter_model.safetensors"
 _DECIDING = {
@@ -22,7 +22,7 @@ _DECIDING = {
     "trainable_token_indices": "train_tokens",
     "rank_pattern": "rank",
     "alpha_pattern": "alpha",
-    "use_dora": "type",
+    "use_dora": "dora",
 }
 """PEFT's settings that decide what an adapter computes -> the field of `LoraConfig` that sets them."""
 

@@ -4,7 +4,6 @@ Tensors are gathered, merged and written shard by shard; `config.json` (`adapter
 that has it is complete. Paths may be URIs.
 """
 
-import copy
 import json
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.data.storage import Folder
 from itune_ray.model.merge import merged_tensors, stored_tensors
-from itune_ray.model.peft import ADAPTER
+from itune_ray.model.peft.saved import CONFIG_FILE, adapter_settings, adapter_tensors, has_adapter, is_mergeable
 from itune_ray.model.reward import HEAD, HEAD_WEIGHT, own_padding, reward_head
 from itune_ray.model.sharding import full_shape, whole
 
@@ -36,14 +35,17 @@ def export_trained(
     dtype: torch.dtype,
     is_main: bool,
     base_path: str | None,
-) -> tuple[str, str | None]:
-    """Write `model/` (adapter merged) and, after adapter training, `adapter/`; returns both paths. Collective."""
+) -> tuple[str | None, str | None]:
+    """Write `model/` (adapter merged, where it can be) and, after adapter training, `adapter/`; returns both paths.
+    Collective."""
     stage = Folder.at(stage_dir)
-    model_path, adapter_path = (stage / "model").uri, None
-    if _peft_config(model) is not None:
+    model_path, adapter_path = None, None
+    if has_adapter(model):
         adapter_path = (stage / "adapter").uri
         write_adapter(model, tokenizer, adapter_path, is_main=is_main, base_path=base_path)
-    write_model(model, tokenizer, model_path, dtype=dtype, is_main=is_main)
+    if is_mergeable(model):
+        model_path = (stage / "model").uri
+        write_model(model, tokenizer, model_path, dtype=dtype, is_main=is_main)
     return model_path, adapter_path
 
 
@@ -87,49 +89,33 @@ def write_adapter(
     is_main: bool = True,
     base_path: str | None = None,
 ) -> None:
-    """Write the adapter in PEFT's format, fp32, with the tokenizer; a reward model's comes with its head. Collective;
-    rank 0 writes."""
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
-    wrapped: Any = getattr(model, "module", model)
-    trained = {name: whole(p) for name, p in wrapped.named_parameters() if p.requires_grad}
+    """Write the adapter, fp32, with the tokenizer, in PEFT's format where the method is one of PEFT's; a reward model's
+    comes with its head. Collective; rank 0 writes."""
+    weights, config = adapter_tensors(model), adapter_settings(model, base_path)
+    head = reward_head(plain_model(model))
+    if head is not None:
+        weights[f"base_model.model.{HEAD_WEIGHT}"] = whole(head.weight)
+        # So that PEFT puts the head beside the adapter when it loads them.
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     if not is_main:
         return
-    # Only names are PEFT's business; embeddings that are not adapter weights stay with the base.
-    weights = get_peft_model_state_dict(wrapped, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
-    scalar = reward_head(plain_model(model)) is not None
-    if scalar:
-        name = next(name for name in trained if name.endswith(f".{HEAD_WEIGHT}"))
-        weights[name.removeprefix("module.")] = trained[name]
     folder = _Folder(out)
     folder.write_tensors("adapter_model.safetensors", {n: t.float().contiguous() for n, t in weights.items()})
     with tempfile.TemporaryDirectory() as scratch:
-        config = wrapped.peft_config[ADAPTER]
-        mode, config.inference_mode = config.inference_mode, True
-        if base_path is not None:
-            config.base_model_name_or_path = base_path
-        saved = copy.copy(config)
-        if scalar:  # so that PEFT puts the head beside the adapter when it loads them
-            saved.task_type, saved.modules_to_save = "SEQ_CLS", [HEAD]
-        saved.save_pretrained(scratch)
-        config.inference_mode = mode
+        (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
         tokenizer.save_pretrained(scratch)
-        folder.put_all(scratch, last="adapter_config.json")
+        folder.put_all(scratch, last=CONFIG_FILE)
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT wrappers."""
     inner: Any = getattr(model, "module", model)
-    return inner.get_base_model() if _peft_config(model) is not None else inner
+    return inner.get_base_model() if hasattr(inner, "peft_config") else inner
 
 
 def _architecture(model: nn.Module) -> str:
     """The class that transformers and vLLM know: `fully_shard` puts one of its own, FSDP..., in front of it."""
     return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)).__name__
-
-
-def _peft_config(model: nn.Module) -> Any:
-    return getattr(getattr(model, "module", model), "peft_config", None)
 
 
 def _renames_on_save(model: Any) -> bool:

@@ -5,13 +5,14 @@ elements; DeepSpeed keeps the run as `ds_tensor` on the parameter, beside its sh
 parameter itself.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
@@ -39,6 +40,22 @@ def _joined(parameter: Any, run: Tensor) -> Tensor:
     flat = run.new_empty(ranks * run.numel())
     dist.all_gather_single(flat, run.detach().contiguous(), group=parameter.ds_process_group)
     return flat[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def whole_copy(module: nn.Module) -> Any:
+    """A copy of a module on CPU with whole tensors, those of a float type in fp32, and without hooks. Collective when
+    it is sharded."""
+    tensors = {id(p): nn.Parameter(_writable(whole(p)), requires_grad=False) for p in module.parameters()}
+    copied = copy.deepcopy(module, {**tensors, **{id(b): _writable(whole(b)) for b in module.buffers()}})
+    for part in copied.modules():  # ZeRO-3 gathers in hooks, and in a dictionary of its own
+        part._parameters = dict(part._parameters)
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+    return copied
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def held(tensor: Any) -> Iterator[tuple[Offsets, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from itune_ray.config.adaptation import PROMPTS, AdaloraConfig
 from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import Masking
 from itune_ray.data.chat import ChatRenderer
@@ -27,7 +28,8 @@ from itune_ray.model.load import (
     new_model,
 )
 from itune_ray.model.logprobs import install_fused_head
-from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report
+from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report, starts_by_name
+from itune_ray.model.peft.adalora import RankBudget
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
 from itune_ray.train.strategies.base import Strategy
@@ -45,6 +47,8 @@ class Built:
     report: ParameterReport
     source: str | None
     """Folder the base weights came from; None for a fresh model."""
+    budget: RankBudget | None = None
+    """AdaLoRA's, which takes part in every step."""
 
 
 def load_renderer(model: TrainedModel) -> ChatRenderer:
@@ -76,7 +80,22 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         )
     (install_reward_head if scalar(job) else install_fused_head)(model)
     masking = masking_for(model)
+    if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):
+        raise TrainError(
+            "a trained prompt needs attention that takes an explicit mask, without a sliding window",
+            got=f"{model.config.model_type} with attention {model.config._attn_implementation}",
+            allowed="a model without sliding windows, with eager or sdpa",
+            knob="model.attention",
+        )
+    if scalar(job) and job.model.peft.type not in ("full", "lora"):
+        raise TrainError(
+            "a reward model's head is trained whole or beside LoRA",
+            got=job.model.peft.type,
+            allowed="full or lora",
+            knob="model.peft.type",
+        )
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
         check_adapter(adapted, adapter)
@@ -90,7 +109,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if adapter is not None:
         fill_from_adapter(placed, adapter)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    return Built(placed.train(), masking, dtype, report, folder)
+    return Built(placed.train(), masking, dtype, report, folder, budget)
 
 
 def _base_model(
@@ -114,7 +133,7 @@ def _base_model(
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)
-    if covers(folder, model):
+    if covers(folder, model) and starts_by_name(job.model.peft):
         return model, True
     model = load_model(folder, **arguments)
     return (model if has_reward_head(folder) else _with_fresh_head(model, job)), False

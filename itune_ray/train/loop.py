@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.train import TrainJob
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
@@ -102,7 +103,7 @@ def train_rank(
     strategy = build_strategy(job.strategy, world, job.precision)
     built = build_model(job, tokenizer, strategy, world)
     model, optimizers = strategy.optimise(built.model, job.optimizer)
-    built = dataclasses.replace(built, model=model)
+    built, budget = dataclasses.replace(built, model=model), built.budget
     stepper = Stepper(
         built.model,
         build_objective(job.objective),
@@ -112,6 +113,7 @@ def train_rank(
         built.masking,
         built.dtype,
         job.clip_norm,
+        None if budget is None else budget.penalty,
     )
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
@@ -120,6 +122,8 @@ def train_rank(
         apart = Folder.at(stage_dir) / VALIDATION
         held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
     loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place, leaving)
+    if budget is not None:
+        optimizers.after_update.append(lambda: budget.allocate(loop.step, prepared.plan.steps))
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
@@ -154,7 +158,7 @@ def _export(
     stop_at: int | None,
 ) -> tuple[str | None, str | None]:
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
-    if stop_at is not None and job.model.peft.type == "lora":
+    if stop_at is not None and SUPPORT[job.model.peft.name].route == "adapter":
         adapter = (Folder.at(out) / "adapter").uri
         write_adapter(built.model, tokenizer, adapter, is_main=world.is_main, base_path=job.model.path)
         return None, adapter
@@ -206,6 +210,8 @@ class Loop:
         self._stage_dir, self._world = stage_dir, stepper.world
         self._optimizers: Optimizers = stepper.optimizers
         self._total = rows.table.plan.steps
+        self.step = 0
+        """The step that is being taken, counted from 1."""
 
     def run(self, on_progress: OnProgress | None = None, stop_at: int | None = None) -> Row:
         """Train to the end, or until `stop_at` steps are done, and return the last metrics row."""
@@ -266,6 +272,7 @@ class Loop:
         began = time.perf_counter()
         lr = self._optimizers.set_lr(lr_factor(self._job.schedule, step, self._total))
         self._seed(step)
+        self.step = step + 1
         self._on_place(step + 1, "prepares")
         batches = self._micro_batches(step)
         self._on_place(step + 1, "computes")

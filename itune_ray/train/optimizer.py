@@ -1,6 +1,6 @@
 """AdamW, and Muon for hidden matrices with AdamW for the rest, behind one small front."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ class Optimizers:
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers = optimizers
+        self.after_update: list[Callable[[], None]] = []
+        """Called between an update and the dropping of its gradients."""
         self._base_lrs = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
 
     def set_lr(self, factor: float) -> float:
@@ -34,6 +36,9 @@ class Optimizers:
         """Update the parameters and drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
+        for call in self.after_update:
+            call()
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 

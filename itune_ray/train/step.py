@@ -48,6 +48,8 @@ class Stepper:
     masking: Masking
     dtype: torch.dtype
     clip_norm: float | None
+    penalty: Callable[[], torch.Tensor] | None = None
+    """A term of the trained parameters alone, in the loss once per step; the reported loss leaves it out."""
 
     def __call__(self, micro_batches: Sequence[Batch], leaving: Leaving = lambda: False) -> StepResult:
         """Every rank passes the same number of micro-batches, dummies included, or collectives would not match.
@@ -57,10 +59,16 @@ class Stepper:
         units = self._global_units(micro_batches)
         sums: dict[str, float] = defaultdict(float)
         metric_units: dict[str, str] = {}
+        penalty: torch.Tensor | None = None
         for index, batch in enumerate(micro_batches):
-            with self.strategy.forward_context(last=index == len(micro_batches) - 1):
+            last = index == len(micro_batches) - 1
+            with self.strategy.forward_context(last=last):
                 loss = self._forward(batch.to(self.world.device))
-                self.strategy.backward(self._scaled(loss, units))
+                total = self._scaled(loss, units)
+                if last and self.penalty is not None:  # every rank adds the same, so their mean needs no factor
+                    penalty = self.penalty()
+                    total = total + penalty
+                self.strategy.backward(total)
             for term, total in loss.terms.items():
                 sums[f"loss/{term}"] += float(total.detach())
             for name, metric in loss.metrics.items():
@@ -72,6 +80,8 @@ class Stepper:
         coefficients = self.objective.coefficients
         value = sum(c * totals[f"loss/{term}"] / units[term] for term, c in coefficients.items())
         metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items()}
+        if penalty is not None:
+            metrics["penalty"] = float(penalty.detach())
         return StepResult(value, grad_norm, units, metrics, leaving_ranks > 0)
 
     def _global_units(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
