@@ -8,9 +8,9 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import public_data
 from pydantic import ValidationError
 from scripted import Scripted, answered, last_turn, llm, prompt
+from testdata import public_data
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import PreferenceLabelConfig

@@ -13,6 +13,7 @@ import jinja2.meta
 import pytest
 from drivers import generate
 from pydantic import TypeAdapter
+from testdata import public_data
 
 from itune_ray.config.base import load_job, validate
 from itune_ray.config.generate import GenerateJob
@@ -27,7 +28,6 @@ from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import builtin_prompt, render
 from itune_ray.generate.recipes.templates import SHOWS, TASKS, closed, label_text, shown_options, split_templates
-from tests.conftest import public_data
 
 ALL = [(task, name) for task in TASKS for name in split_templates(builtin_prompt("templates", f"{task}.jinja"))]
 EXAMPLES = [{"input": f"in{i}", "output": f"out{i}", "explanation": f"why{i}"} for i in (1, 2)]
