@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-LONGEST_FIRST = ("pipeline/test_loop.py", "test_submit.py", "sweep/test_sweep_run.py", "train/test_loss_invariance.py")
+LONGEST_FIRST = (
+    "pipeline/test_loop.py",
+    "pipeline/test_card.py",
+    "sweep/test_sweep_run.py",
+    "generate/test_recipe_jobs.py",
+    "test_submit.py",
+    "observe/test_dashboards.py",
+    "train/test_loss_invariance.py",
+)
 """Modules that take minutes: started last, one of them would run on alone."""
 
 
