@@ -1,4 +1,4 @@
-"""Where test data is, and how tests run the command line as a person would."""
+"""The order of the test modules, and how tests run the command line as a person would."""
 
 import json
 import os
@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-TEST_DATA = Path(os.environ.get("ITUNE_TEST_DATA", Path(__file__).parents[2] / "shared"))
-"""Public data and models used by some tests; they skip where it is absent."""
-
-
-LONGEST_FIRST = ("pipeline/test_loop.py", "test_submit.py", "sweep/test_sweep_run.py", "train/test_loss_invariance.py")
+LONGEST_FIRST = (
+    "pipeline/test_loop.py",
+    "pipeline/test_card.py",
+    "sweep/test_sweep_run.py",
+    "generate/test_recipe_jobs.py",
+    "test_submit.py",
+    "observe/test_dashboards.py",
+    "train/test_loss_invariance.py",
+)
 """Modules that take minutes: started last, one of them would run on alone."""
 
 
@@ -26,14 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, name in enumerate(LONGEST_FIRST) if str(item.path).endswith(name)), len(LONGEST_FIRST))
 
     items.sort(key=rank)
-
-
-def public_data(path: str) -> Path:
-    """A file or folder of the test data; skips the test where it is absent."""
-    found = TEST_DATA / path
-    if not found.exists():
-        pytest.skip(f"needs {path} below ITUNE_TEST_DATA")
-    return found
 
 
 class CommandLine:

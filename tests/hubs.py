@@ -49,7 +49,7 @@ def hub() -> Iterator[Hub]:
 
         def _reply(self, body: bool) -> None:
             parts = self.path.split("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
+            if parts[0] == "api" and parts[1] in ("models", "datasets"):
                 self._api("/".join(parts[2:4]), parts[4:], body)
             elif len(parts) >= 5 and parts[2] == "resolve":
                 self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), body)

@@ -56,7 +56,6 @@ def project(tmp_path_factory):
                 "steps": 3,
                 "batch": 8,
                 "max_length": 128,
-                "workers": {"num": 2},
             },
             "score": {
                 "job": "evaluate",

@@ -1,14 +1,13 @@
 """Tiny real models, tokenizers, rows and jobs that the tests of data, model and train share."""
 
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from testdata import public_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -86,10 +85,7 @@ def llama(folder: Path, **overrides: Any) -> Path:
 
 def public_model(name: str) -> Path:
     """A model folder of the test data; skips the test where it is absent."""
-    root = Path(os.environ.get("ITUNE_TEST_DATA", Path(__file__).parents[2] / "shared"))
-    if not (root / "models" / name).is_dir():
-        pytest.skip(f"needs models/{name} below ITUNE_TEST_DATA")
-    return root / "models" / name
+    return public_data(f"models/{name}")
 
 
 def chats(count: int, longest: int = 24, seed: int = 0) -> list[Record]:

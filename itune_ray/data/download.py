@@ -10,14 +10,14 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.fs as pafs
 from filelock import FileLock
 
 from itune_ray.config.base import digest
 from itune_ray.data.storage import Folder
-from itune_ray.errors import ModelError
+from itune_ray.errors import DataError, ITuneError, ModelError
 
 HUB_TIMEOUT_S = 10.0
 MIRROR = "ITUNE_MODEL_MIRROR"
@@ -27,6 +27,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 IGNORED = ("original/*", "onnx/*")
 SPARE = 1.05
 """Of what a download takes, this much must be free."""
+RepoKind = Literal["model", "dataset"]
+ERRORS: Mapping[RepoKind, type[ITuneError]] = {"model": ModelError, "dataset": DataError}
+REVISIONS: Mapping[RepoKind, str] = {"model": "model.revision", "dataset": "revision"}
+"""The knob that names a revision."""
+PAGES: Mapping[RepoKind, str] = {"model": "", "dataset": "datasets/"}
+"""What the Hub puts before a name in the address of its page."""
 
 
 class AbsentError(Exception):
@@ -44,7 +50,7 @@ def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    info = _asked(repo, revision)
+    info = hub_info("model", repo, revision)
     try:
         with _node_lock(f"hub-{repo}"):
             if info is not None:
@@ -55,14 +61,19 @@ def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
             if info is not None and not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
                 snapshot_download(repo, revision=folder.name, allow_patterns=["*.bin"])
     except HfHubHTTPError as error:
-        raise _refused(repo, error) or AbsentError(repo) from None
+        raise _refused("model", repo, error) or AbsentError(repo) from None
     except (LocalEntryNotFoundError, httpx2.HTTPError, OSError, ValueError):
         raise AbsentError(repo) from None
     return folder, folder.name
 
 
-def _asked(repo: str, revision: str | None) -> Any:
-    """What the Hub says of the model, or None when it cannot be asked (offline mode, no network)."""
+def hub_info(kind: RepoKind, repo: str, revision: str | None) -> Any:
+    """What the Hub says of a model or dataset, or None when it cannot be asked (offline mode, no network).
+
+    Raises:
+        AbsentError: There is none of this name.
+        ModelError, DataError: It is gated, the token is refused, or there is no such revision.
+    """
     import httpx2
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -76,11 +87,13 @@ def _asked(repo: str, revision: str | None) -> Any:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True)
+        return HfApi().repo_info(
+            repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_S, files_metadata=kind == "model"
+        )
     except RevisionNotFoundError:
-        raise ModelError("the Hub model has no such revision", got=revision, knob="model.revision") from None
+        raise ERRORS[kind](f"the Hub {kind} has no such revision", got=revision, knob=REVISIONS[kind]) from None
     except HfHubHTTPError as error:
-        if (refused := _refused(repo, error)) is not None:
+        if (refused := _refused(kind, repo, error)) is not None:
             raise refused from None
         if isinstance(error, RepositoryNotFoundError):
             raise AbsentError(repo) from None
@@ -91,29 +104,23 @@ def _asked(repo: str, revision: str | None) -> Any:
         return None
 
 
-def refusal(page: str, error: Any) -> str | None:
-    """What the user must do, where the Hub knows a repository and does not give it.
-
-    Args:
-        page: Its path on the Hub.
-        error: The client's `HfHubHTTPError`.
-    """
+def _refused(kind: RepoKind, repo: str, error: Any) -> ITuneError | None:
+    """What the user must do, where the Hub knows a repository and does not give it: of a `HfHubHTTPError`."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError
 
-    status, url = error.response.status_code, f"{constants.ENDPOINT}/{page}"
+    status, url = error.response.status_code, f"{constants.ENDPOINT}/{PAGES[kind]}{repo}"
     if isinstance(error, GatedRepoError) and get_token():
-        return f"it is gated: its licence must be accepted at {url} with the account of the token"
-    if isinstance(error, GatedRepoError):
-        return f"it is gated: accept its licence at {url} and give your token"
-    if status == 401 and get_token():
-        return f"the Hub refuses the token, or does not show {url} to its account"
-    return f"the token may not read {url}" if status == 403 else None
-
-
-def _refused(repo: str, error: Any) -> ModelError | None:
-    reason = refusal(repo, error)
-    return None if reason is None else ModelError(f"the model cannot be had: {reason}", got=repo, knob="HF_TOKEN")
+        reason = f"it is gated: its licence must be accepted at {url} with the account of the token"
+    elif isinstance(error, GatedRepoError):
+        reason = f"it is gated: accept its licence at {url} and give your token"
+    elif status == 401 and get_token():
+        reason = f"the Hub refuses the token, or does not show {url} to its account"
+    elif status == 403:
+        reason = f"the token may not read {url}"
+    else:
+        return None
+    return ERRORS[kind](f"the {kind} cannot be had: {reason}", got=repo, knob="HF_TOKEN")
 
 
 def _missing(repo: str, info: Any) -> int:

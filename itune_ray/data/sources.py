@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from itune_ray.config.shared import CustomSource, FileSource, HubSource, PlaygroundSource, Source
-from itune_ray.data.download import HUB_TIMEOUT_S, refusal
+from itune_ray.data.download import AbsentError, hub_info
 from itune_ray.data.files import RawRow, read_rows
 from itune_ray.data.fingerprint import artifact_of
 from itune_ray.data.formats import detect, parse
@@ -220,34 +220,11 @@ def _no_network(offline: bool) -> Iterator[None]:
 
 def _hub_commit(source: HubSource) -> str | None:
     """The commit that the revision means now; None when the Hub cannot be asked."""
-    import httpx2
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if constants.HF_HUB_OFFLINE or Path(source.path).is_absolute():
+    if Path(source.path).is_absolute():
         return None
     try:
-        return HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S).sha
-    except RevisionNotFoundError:
-        raise DataError("the dataset has no such revision", got=source.revision, knob="revision") from None
-    except HfHubHTTPError as error:
-        if (reason := refusal(f"datasets/{source.path}", error)) is not None:
-            raise DataError(f"the dataset cannot be had: {reason}", got=source.path, knob="HF_TOKEN") from None
-        if isinstance(error, RepositoryNotFoundError):
-            raise _no_dataset(source) from None
-        return None
-    except HFValidationError:
-        raise _no_dataset(source) from None
-    except (OfflineModeIsEnabled, httpx2.HTTPError, OSError):
-        return None
-
-
-def _no_dataset(source: HubSource) -> DataError:
-    what = "no such dataset on the Hub, and no such folder here"
-    return DataError(what, got=source.path, allowed="org/name or a folder", knob="path")
+        info = hub_info("dataset", source.path, source.revision)
+    except AbsentError:
+        what = "no such dataset on the Hub, and no such folder here"
+        raise DataError(what, got=source.path, allowed="org/name or a folder", knob="path") from None
+    return None if info is None else info.sha

@@ -363,3 +363,19 @@ def test_the_judge_asks_through_a_real_pool(tmp_path, ray_session):
         engines.close()
     (folder,) = (tmp_path / "run").glob("curate-*")
     assert all(row["raw"] for row in pq.read_table(folder / "rejected").to_pylist())
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+def test_a_real_pool_embeds(tmp_path, ray_session):
+    served = {"model": {"path": "any"}, "engine": {"type": "fake"}, "pool": {"cpus_each": 0.5}}
+    embedder = {"type": "model", "served": served, "batch": 2}
+    filters = [{"type": "semantic_dedup", "embedder": embedder, "epsilon": 1e-6, "key": "response"}]
+    inputs = [write(tmp_path / "in.jsonl", [qa(f"q{i}", f"a{i % 3}") for i in range(9)])]
+    job = validate(CurateJob, {"name": "run", "inputs": inputs, "filters": filters}, "x")
+    engines = EngineHost()
+    try:
+        artifact = stage.run(job, RunStore(str(tmp_path), "run"), "curate", engines, Progress(quiet=True))
+    finally:
+        engines.close()
+    assert artifact.manifest["funnel"]["rejected"] == {"semantic_duplicate": 6}

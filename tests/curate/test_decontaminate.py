@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testdata import public_data
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -17,7 +18,6 @@ from itune_ray.data.fingerprint import content_identity
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.errors import DataError
-from tests.conftest import public_data
 
 QUESTION = "A farmer keeps 12 hens, 3 goats and one very old dog; how many legs are in the yard at noon?"
 ANSWER = "There are forty legs in the yard because hens have two legs each and the others have four"

@@ -6,6 +6,7 @@ import pickle
 from typing import Any, get_args
 
 import pytest
+from testdata import public_data
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import AnyFilter, CurateJob
@@ -14,7 +15,6 @@ from itune_ray.curate.filters.base import RowFilter, Seen, Verdict
 from itune_ray.curate.filters.human_rating import HumanRating, wilson
 from itune_ray.data.records import Record
 from itune_ray.errors import ConfigError, DataError
-from tests.conftest import public_data
 
 
 def configured(**config: Any) -> Any:

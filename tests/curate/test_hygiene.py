@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import pytest
+from testdata import public_data
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -19,7 +20,6 @@ from itune_ray.curate.filters.pii import DETECTORS, entropy, iban_holds, luhn
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.errors import ConfigError
-from tests.conftest import public_data
 
 
 def made(type: str, **config: Any) -> Any:

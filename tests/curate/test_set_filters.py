@@ -547,26 +547,3 @@ def test_deita_takes_its_scores_from_judges(tmp_path, monkeypatch):
     kept = {r["key"]: r["score_deita"] for r in artifact.folder.read_table("kept").to_pylist()}
     assert kept == {"in:0:0": 12.0, "in:3:0": 6.0}
     assert artifact.manifest["funnel"]["rejected"] == {"no_score": 1, "similar": 1}
-
-
-@pytest.mark.real
-@pytest.mark.timeout(900)
-def test_a_real_pool_embeds(tmp_path):
-    import ray
-
-    served = {"model": {"path": "any"}, "engine": {"type": "fake"}, "pool": {"cpus_each": 0.5}}
-    embedder = {"type": "model", "served": served, "batch": 2}
-    filters = [{"type": "semantic_dedup", "embedder": embedder, "epsilon": 1e-6, "key": "response"}]
-    file = tmp_path / "in.jsonl"
-    rows = [{"instruction": f"q{i}", "output": f"a{i % 3}"} for i in range(9)]
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    inputs = [{"source": {"type": "file", "path": str(file)}}]
-    job = validate(CurateJob, {"name": "run", "inputs": inputs, "filters": filters}, "x")
-    engines = EngineHost()
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    try:
-        artifact = stage.run(job, RunStore(str(tmp_path), "run"), "curate", engines, Progress(quiet=True))
-    finally:
-        engines.close()
-        ray.shutdown()
-    assert artifact.manifest["funnel"]["rejected"] == {"semantic_duplicate": 6}

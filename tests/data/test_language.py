@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from testdata import public_data
 
 from itune_ray.data.language import (
     LANGUAGES,
@@ -16,7 +17,6 @@ from itune_ray.data.language import (
     script_counts,
     script_of,
 )
-from tests.conftest import public_data
 
 LETTERS = {
     "Latn": "aZéßøłșđÿａ",

@@ -6,12 +6,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from testdata import public_data
 
 from itune_ray.config.shared import FileSource
 from itune_ray.data.files import RawRow
 from itune_ray.data.formats import detect, parse
 from itune_ray.data.sources import SourceTable, read_source
-from tests.conftest import public_data
 
 
 def message(name: str, role: str, *replies: dict[str, Any], **fields: Any) -> dict[str, Any]:

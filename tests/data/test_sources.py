@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from hubs import hub
 
 from itune_ray.config.shared import CustomSource, FileSource, HubSource, PlaygroundSource
 from itune_ray.data.ledger import Ledger, Outcome
@@ -121,6 +122,22 @@ def test_the_hub_offline_is_one_clear_error(monkeypatch):
     with pytest.raises(DataError, match=r"cannot be reached.*no-such-org/no-such-set") as caught:
         read_source(HubSource(path="no-such-org/no-such-set"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_or_revision_that_the_hub_lacks_is_told_as_such(monkeypatch, tmp_path):
+    from huggingface_hub import HfApi
+
+    (tmp_path / "rows.jsonl").write_text("{}")
+    original = HfApi.__init__
+    with hub() as server:
+        server.repos["org/rows"] = tmp_path
+        monkeypatch.setattr(
+            HfApi, "__init__", lambda self, *a, **k: original(self, *a, **{**k, "endpoint": server.endpoint})
+        )
+        with pytest.raises(DataError, match=r"the Hub dataset has no such revision; got 'v9'.*set by `revision`"):
+            read_source(HubSource(path="org/rows", revision="v9"))
+        with pytest.raises(DataError, match=r"no such dataset on the Hub.*got 'org/none'"):
+            read_source(HubSource(path="org/none"))
 
 
 def custom_rows(count: int = 2) -> Iterator[Record]:

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import public_data
+from testdata import public_data
 
 from itune_ray.engine.criteria import WEIGHTS, ratings_of_heads, weighted_score
 

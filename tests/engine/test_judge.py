@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from conftest import public_data
+from testdata import public_data
 
 from itune_ray.engine.base import Completion, Sample, Sampling
 from itune_ray.engine.judge import Judge, parse_score

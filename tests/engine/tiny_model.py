@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from conftest import TEST_DATA
+from testdata import TEST_DATA
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 

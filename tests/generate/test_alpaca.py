@@ -5,10 +5,10 @@ import json
 import random
 
 import pytest
-from conftest import public_data
 from pydantic import TypeAdapter, ValidationError
 from scripted import Scripted as Engine
 from scripted import answered, llm, prompt, run
+from testdata import public_data
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import AlpacaConfig, RecipeConfig

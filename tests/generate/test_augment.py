@@ -270,29 +270,3 @@ def test_numbers_and_names():
     assert numbers("1,000 of 3. Then four.") == {"1,000": 1, "3": 1, "4": 1}
     assert names("We saw Rome. It is old.", "We saw it.") == {"Rome"}
     assert names("Rome is old.", "It is old.") == set(), "the first word of a sentence may be any word"
-
-
-@pytest.mark.real
-def test_workers_run_a_recipe_without_a_model_and_no_engine_starts(tmp_path):
-    import ray
-    from drivers import generate
-
-    from itune_ray.config.generate import GenerateJob
-    from itune_ray.engine.pool import EngineHost
-
-    job = GenerateJob.model_validate(
-        {
-            "name": "a",
-            "prompts": [{"type": "playground", "split": "chat", "rows": 100}],
-            "recipe": {"type": "augment"},
-        }
-    )
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        host = EngineHost()
-        manifest = generate(job, str(tmp_path), host).manifest
-    finally:
-        ray.shutdown()
-    assert manifest["engine_starts"] == host.starts == manifest["requests"] == 0
-    assert manifest["funnel"]["in"] == 200
-    assert not manifest["funnel"]["failed"]

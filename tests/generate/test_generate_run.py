@@ -107,6 +107,20 @@ def test_workers_and_blocks_do_not_change_the_table(host, prompts, tmp_path):
     assert tables(first) == tables(second)
 
 
+def test_a_changed_prompt_template_generates_again_and_the_old_one_nothing(host, prompts, tmp_path):
+    template, log = tmp_path / "user.jinja", tmp_path / "requests"
+    fields = {"engine": {"request_log": str(log)}, "recipe": {"type": "respond", "template": str(template)}}
+    made = []
+    for text in ("{{ prompt }} ", "{{ prompt }} ", "{{ prompt }}", "{{ prompt }} "):
+        template.write_text(text)
+        made.append((make(host, tmp_path, prompts, **fields).id, len(log.read_text().split())))
+    (first, asked), again, (changed, both), restored = made
+    assert again == (first, asked)
+    assert changed != first
+    assert both == 2 * asked > 0
+    assert restored == (first, both)
+
+
 def test_failed_rows_are_driven_again_and_then_kept_as_failed(host, prompts, tmp_path):
     artifact = make(host, tmp_path, prompts, engine={"fail_rate": 0.05, "flaky_rate": 0.2}, max_attempts=3)
     rows = tables(artifact)

@@ -5,8 +5,8 @@ import json
 import math
 
 import pytest
-from conftest import public_data
 from scripted import Scripted, answered, llm, prompt, run
+from testdata import public_data
 
 from itune_ray.config.recipes import GroundedConfig
 from itune_ray.data.records import Record

@@ -6,8 +6,8 @@ import math
 import re
 
 import pytest
-from conftest import public_data
 from scripted import Scripted, llm, prompt, run
+from testdata import public_data
 
 from itune_ray.config.recipes import MctsConfig
 from itune_ray.generate.recipes.chain import Calls

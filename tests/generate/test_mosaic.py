@@ -6,9 +6,9 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import public_data
 from scripted import answered, prompt
 from scripted import run as run_one
+from testdata import public_data
 
 from itune_ray.config.recipes import MosaicConfig
 from itune_ray.generate.mosaic import (

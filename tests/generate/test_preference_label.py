@@ -8,15 +8,14 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import public_data
 from pydantic import ValidationError
 from scripted import Scripted, answered, last_turn, llm, prompt
+from testdata import public_data
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import PreferenceLabelConfig
-from itune_ray.config.shared import ModelRef, VllmEngineConfig
-from itune_ray.engine.base import Completion, Sampling
-from itune_ray.engine.llm import EngineLlm
+from itune_ray.config.shared import ModelRef
+from itune_ray.engine.base import Completion
 from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import preference_label
 from itune_ray.generate.recipes.preference_label import (
@@ -303,27 +302,3 @@ def test_more_log_probabilities_than_the_engine_gives_is_one_line():
     }
     with pytest.raises(ValidationError, match=r"recipe.logprobs 50 is more than the engine gives"):
         GenerateJob.model_validate(tree)
-
-
-@pytest.mark.real
-def test_both_ways_of_scoring_options_agree_on_an_engine(tmp_path):
-    import tiny
-
-    from itune_ray.engine.vllm import VllmEngine
-
-    folder = tiny.llama(tmp_path / "labeler", max_position_embeddings=2048)
-    ref = ModelRef(path=str(folder), dtype="float32")
-    vocabulary = len(model_renderer(ref).tokenizer)
-    engine = VllmEngine(VllmEngineConfig(max_model_len=2048, max_logprobs=vocabulary), ref)
-    try:
-        model = EngineLlm(engine, model="labeler@1", sampling=Sampling(), ref=ref)
-        read, scored = (
-            asyncio.run(PreferenceLabel(PreferenceLabelConfig(logprobs=k, tie=0))(ROW, model))[0]
-            for k in (vocabulary, 1)
-        )
-    finally:
-        engine.close()
-    assert [o.status for o in (read, scored)] == ["accepted"] * 2
-    for order, log_probs in facts(read)["orders"].items():
-        assert facts(scored)["orders"][order] == pytest.approx(log_probs, abs=1e-4)
-    assert scored.record.num_prompt_tokens > 2 * read.record.num_prompt_tokens, "the second way scores both options"

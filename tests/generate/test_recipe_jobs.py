@@ -1,5 +1,6 @@
-"""Every recipe's job file runs on the playground's teacher, on real Ray and vLLM; one engine serves them all."""
+"""Every recipe's job file runs on real Ray: on the playground's teacher by one vLLM engine, or without a model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from itune_ray.config.base import load_job
 from itune_ray.config.generate import GenerateJob
 from itune_ray.engine.pool import EngineHost
 
-JOBS = (Path(__file__).parents[2] / "jobs" / "generate").glob("*.yaml")
-FILES = sorted(file for file in JOBS if "playground://teacher" in file.read_text())
+JOBS = Path(__file__).parents[2] / "jobs" / "generate"
+FILES = sorted(file for file in JOBS.glob("*.yaml") if "playground://teacher" in file.read_text())
 """The others name models of the Hub; tests/test_jobs.py loads them."""
+ONE_WORKER = ["workers.num=1"]
+"""A worker is a process that imports the stack; their number does not change a table, see test_generate_run.py."""
 
 pytestmark = pytest.mark.real
 
@@ -28,8 +31,34 @@ def engines():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_job_file_runs(file, engines, tmp_path):
-    job = load_job(GenerateJob, file)
+    job = load_job(GenerateJob, file, ONE_WORKER)
     funnel = generate(job, str(tmp_path), engines).manifest["funnel"]
     assert funnel["in"] == funnel["accepted"] + sum(funnel["rejected"].values()) + sum(funnel["failed"].values()) > 0
     assert funnel["accepted"] >= job.min_rows
     assert not funnel["failed"]
+
+
+def test_the_job_of_templates_runs_without_an_engine(engines, tmp_path):
+    started = engines.starts
+    manifest = generate(load_job(GenerateJob, JOBS / "templates.yaml", ONE_WORKER), str(tmp_path), engines).manifest
+    assert manifest["funnel"] == {"in": 192, "accepted": 192, "rejected": {}, "failed": {}}
+    assert (manifest["engine_starts"], manifest["requests"]) == (0, 0)
+    assert manifest["tokens"] == {"prompt": 0, "generated": 0}
+    assert json.dumps(manifest)
+    assert engines.starts == started
+
+
+def test_workers_augment_without_a_model_and_no_engine_starts(engines, tmp_path):
+    started = engines.starts
+    job = GenerateJob.model_validate(
+        {
+            "name": "a",
+            "prompts": [{"type": "playground", "split": "chat", "rows": 100}],
+            "recipe": {"type": "augment"},
+        }
+    )
+    manifest = generate(job, str(tmp_path), engines).manifest
+    assert manifest["engine_starts"] == manifest["requests"] == 0
+    assert engines.starts == started
+    assert manifest["funnel"]["in"] == 200
+    assert not manifest["funnel"]["failed"]

@@ -7,8 +7,8 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import public_data
 from scripted import Scripted, llm, prompt
+from testdata import public_data
 
 from itune_ray.config.recipes import RedTeamConfig
 from itune_ray.config.shared import FileSource

@@ -4,8 +4,8 @@ import asyncio
 import json
 
 import pytest
-from conftest import public_data
 from scripted import Scripted, answered, llm, prompt
+from testdata import public_data
 
 from itune_ray.config.recipes import ReflectionConfig
 from itune_ray.generate.recipes.reflection import Reflection, better_answer, new_pair, tagged

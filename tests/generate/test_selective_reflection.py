@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import public_data
+from testdata import public_data
 
 from itune_ray.generate.selective_reflection import Difficulty, select_version
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from conftest import public_data
+from testdata import public_data
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import SelfInstructConfig

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import public_data
 from scripted import prompt, run
+from testdata import public_data
 
 from itune_ray.config.recipes import SelfInstructInstancesConfig
 from itune_ray.generate.recipes.self_instruct_instances import (

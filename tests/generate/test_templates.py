@@ -2,19 +2,17 @@
 
 import asyncio
 import itertools
-import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
 import pytest
-from drivers import generate
 from pydantic import TypeAdapter
+from testdata import public_data
 
-from itune_ray.config.base import load_job, validate
+from itune_ray.config.base import validate
 from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import RecipeConfig
 from itune_ray.config.shared import FileSource
@@ -22,12 +20,10 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import no_llm
-from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import builtin_prompt, render
 from itune_ray.generate.recipes.templates import SHOWS, TASKS, closed, label_text, shown_options, split_templates
-from tests.conftest import public_data
 
 ALL = [(task, name) for task in TASKS for name in split_templates(builtin_prompt("templates", f"{task}.jinja"))]
 EXAMPLES = [{"input": f"in{i}", "output": f"out{i}", "explanation": f"why{i}"} for i in (1, 2)]
@@ -325,21 +321,3 @@ def test_a_job_without_a_model_needs_no_teacher_and_others_do():
         validate(GenerateJob, {**tree, "recipe": {"type": "templates"}, "teacher": {"model": {"path": "x"}}}, "x")
     with pytest.raises(ConfigError, match="names none"):
         asyncio.run(no_llm(0, "x").generate([], key="k"))
-
-
-@pytest.mark.real
-def test_the_job_runs_without_an_engine(tmp_path):
-    import ray
-
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    host = EngineHost()
-    try:
-        job = load_job(GenerateJob, Path(__file__).parents[2] / "jobs" / "generate" / "templates.yaml")
-        manifest = generate(job, str(tmp_path), host).manifest
-    finally:
-        host.close()
-        ray.shutdown()
-    assert manifest["funnel"] == {"in": 192, "accepted": 192, "rejected": {}, "failed": {}}
-    assert (manifest["engine_starts"], manifest["requests"]) == (0, 0)
-    assert manifest["tokens"] == {"prompt": 0, "generated": 0}
-    assert json.dumps(manifest)

@@ -15,7 +15,10 @@ LORA = {"type": "lora", "rank": 16, "train_tokens": ["<|user|>", "<|assistant|>"
 VLLM = {"type": "vllm", "max_adapters": 1}
 
 
-def loop(name: str, root: Path, rows: int = 1500) -> dict:
+ROWS = 900
+
+
+def loop(name: str, root: Path) -> dict:
     """A small pipeline with every kind of step but the report's pictures."""
     engine = {"type": "vllm", "request_log": f"{root}/{name}.requests"}
     teacher = {"model": {"path": "playground://teacher"}, "engine": engine}
@@ -27,7 +30,7 @@ def loop(name: str, root: Path, rows: int = 1500) -> dict:
         "steps": {
             "distill": {
                 "job": "generate",
-                "prompts": [{"type": "playground", "split": "prompts", "rows": rows, "seed": 3}],
+                "prompts": [{"type": "playground", "split": "prompts", "rows": ROWS, "seed": 3}],
                 "teacher": teacher,
                 "sampling": {"temperature": 0.7, "max_tokens": 48},
                 "commit": {"rows": 64, "seconds": 1.0},
@@ -49,7 +52,7 @@ def loop(name: str, root: Path, rows: int = 1500) -> dict:
                 "optimizer": {"type": "adamw", "lr": 6e-3},
                 "schedule": {"type": "linear", "warmup": 0.05},
                 "strategy": {"type": "fsdp2"},
-                "steps": 80,
+                "steps": 60,
                 "batch": 32,
                 "max_length": 128,
                 "workers": {"num": 2},
@@ -83,7 +86,7 @@ def test_every_row_is_accounted_for(itune, undisturbed):
     for stage in ("distill", "curate"):
         funnel = summary["funnel"][stage]
         assert funnel["in"] == funnel["accepted"] + sum(funnel["rejected"].values()) + sum(funnel["failed"].values())
-    assert summary["funnel"]["distill"]["in"] == 1500
+    assert summary["funnel"]["distill"]["in"] == ROWS
     assert summary["funnel"]["curate"]["in"] == summary["funnel"]["distill"]["accepted"]
 
 
@@ -92,7 +95,7 @@ def test_tuning_moves_the_score(itune, undisturbed):
     (base,), (sft,) = scores["base"].values(), scores["sft"].values()
     assert base["n"] == sft["n"] == 80
     assert base["low"] <= base["value"] <= base["high"]
-    assert sft["low"] > base["high"], "80 steps of LoRA must be visible beyond the intervals"
+    assert sft["low"] > base["high"], "60 steps of LoRA must be visible beyond the intervals"
 
 
 def test_the_report_is_there_and_loads_nothing(itune, undisturbed):
@@ -118,7 +121,10 @@ def test_the_same_command_again_does_nothing(itune, undisturbed):
 
 
 def test_killed_twice_the_run_ends_as_if_undisturbed(itune, undisturbed, wait_until):
-    file = itune.write(loop("killed", itune.root))
+    tree = loop("killed", itune.root)
+    del tree["steps"]["score"]  # it comes after all that is compared
+    tree["steps"]["report"]["inputs"].remove("step://score")
+    file = itune.write(tree)
     run = itune.root / "killed"
     log = Path(f"{itune.root}/killed.requests")
 
@@ -128,7 +134,7 @@ def test_killed_twice_the_run_ends_as_if_undisturbed(itune, undisturbed, wait_un
     first.communicate()
     durable = commits(list(run.glob("distill-*")))
     settled = {key for part in durable for key in pq.read_table(part)["input_key"].to_pylist()}
-    assert 0 < len(settled) < 1500, "the kill must land in the middle"
+    assert 0 < len(settled) < ROWS, "the kill must land in the middle"
     asked_before = Counter(log.read_text().split())
 
     second = itune.start("pipeline", file)
@@ -145,7 +151,7 @@ def test_killed_twice_the_run_ends_as_if_undisturbed(itune, undisturbed, wait_un
     asked = Counter(log.read_text().split())
     again = {request for request in asked if asked[request] > asked_before[request] > 0}
     assert not {request for request in again if any(request.endswith(key) or key in request for key in settled)}
-    assert len(again) <= 1500 - len(settled)
+    assert len(again) <= ROWS - len(settled)
     for stage, tables in {"distill": ("accepted", "rejected", "failed"), "curate": ("kept", "rejected")}.items():
         for table in tables:
             ours, calm = itune.stage("killed", stage) / table, itune.stage("calm", stage) / table
@@ -164,18 +170,3 @@ def test_a_changed_threshold_generates_nothing_again(itune, undisturbed):
     summary = itune.summary("calm")
     assert (summary["stages"]["distill"]["status"], summary["stages"]["curate"]["status"]) == ("skipped", "run")
     assert summary["funnel"]["curate"]["rejected"]["long_response"] > 0
-
-
-def test_a_changed_prompt_template_generates_again(itune, tmp_path):
-    template = tmp_path / "user.jinja"
-    template.write_text("{{ prompt }} ")
-    distill = loop("templated", itune.root, rows=40)["steps"]["distill"]
-    distill["teacher"]["engine"]["type"] = "fake"
-    tree = {"name": "templated", "steps": {"distill": {**distill, "recipe": {"template": str(template)}}}}
-    tree["steps"]["distill"]["recipe"]["type"] = "respond"
-    file = itune.write(tree)
-    for asked, text in ((40, "{{ prompt }} "), (40, "{{ prompt }} "), (80, "{{ prompt }}")):
-        template.write_text(text)
-        status, seen = itune.run("pipeline", file)
-        assert status == 0, seen
-        assert len(Path(f"{itune.root}/templated.requests").read_text().split()) == asked

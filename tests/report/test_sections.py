@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from conftest import SKILL, Invented  # the folder's own
+from invented import SKILL, Invented
 from test_report import make, page_of, text_of
 
 from itune_ray.config.base import validate

@@ -51,12 +51,16 @@ CASES = {
         "model.peft": {"type": "lora", "rank": 4, "train_tokens": ["<|im_start|>"]},
         "strategy": {"type": "fsdp2"},
     },
+    "dpo, lora": {"objective": {"type": "dpo"}, "model.peft": {"type": "lora", "rank": 4}, "pack_length": 256},
+    "kd fsdp2": {"objective": {"type": "kd", "k": 4}, "strategy": {"type": "fsdp2"}},
 }
+ROWS = {"dpo, lora": tiny.pairs, "kd fsdp2": tiny.distributions}
+"""Case -> its rows, where they are no chats."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps_and_three_more_are_six_bit_for_bit(folder, tmp_path, case):
-    job, records = job_of(folder, **CASES[case]), tiny.chats(40)
+    job, records = job_of(folder, **CASES[case]), ROWS.get(case, tiny.chats)(40)
     train_local(job, records, str(tmp_path / "whole"))
     with pytest.raises(Killed):
         train_local(job, records, str(tmp_path / "parts"), stop_after(5))  # two steps past the checkpoint are lost
