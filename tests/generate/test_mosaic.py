@@ -77,7 +77,9 @@ def test_wordings_are_as_many_as_specified_and_all_different():
 
 def test_no_mark_looks_like_a_slot_or_a_token():
     """Composed rows pass the hygiene filter (invariant I6), whatever marks were drawn."""
-    hygiene = Hygiene(HygieneConfig(slots=[word.lower().replace(" ", "_") for pair in MARKER_WORDS for word in pair]))
+    hygiene = Hygiene(
+        HygieneConfig(slots=tuple(word.lower().replace(" ", "_") for pair in MARKER_WORDS for word in pair))
+    )
     for shape in MARKER_SHAPES:
         for word in (word for pair in MARKER_WORDS for word in pair):
             for text in (shape.format(word), shape.format(word.lower()), shape.format(word.lower().replace(" ", "_"))):
