@@ -44,7 +44,8 @@ class FileSource(Schema):
     """Row layout; `auto` decides by the columns of the first row and says what it took."""
     name: str | None = None
     """First part of every row key; default: the file's stem. Rows of an artifact keep their keys: there it names them
-    in reports and in a filter's `only`, by default after the artifact's stage."""
+    in reports and in a filter's `only`, by default after the artifact's stage, and tells rows apart whose key another
+    input of a curation holds too: their source becomes `NAME/SOURCE`."""
     limit: Positive | None = None
     """Read only the first so many rows."""
     max_row_bytes: Positive = 16 * 2**20

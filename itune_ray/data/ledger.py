@@ -116,7 +116,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Folder):
-        self._folder = folder
+        self.folder = folder
         self._parts = _standing(folder.names())
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
@@ -127,7 +127,7 @@ class Ledger:
     def append(self, table: pa.Table) -> None:
         """Commit a table of `LEDGER_SCHEMA`."""
         part = _Part.single(max((part.last for part in self._parts), default=-1) + 1)
-        self._folder.write_table(part.name, table)
+        self.folder.write_table(part.name, table)
         self._parts.append(part)
         self._merge()
 
@@ -150,7 +150,7 @@ class Ledger:
     def _latest(self, parts: Sequence["_Part"], columns: list[str]) -> pa.Table:
         """Columns, the input's key among them, of the outcomes that hold."""
         schema = pa.schema([LEDGER_SCHEMA.field(name) for name in columns])
-        read = [self._folder.read_table(part.name, columns).select(columns).cast(schema) for part in parts]
+        read = [self.folder.read_table(part.name, columns).select(columns).cast(schema) for part in parts]
         if not read:
             return schema.empty_table()
         table = pa.concat_tables(read)
@@ -167,10 +167,10 @@ class Ledger:
         if len(small) < MERGED:
             return
         whole = _Part(small[0].first, small[-1].last)
-        self._folder.write_table(whole.name, self._latest(small, LEDGER_SCHEMA.names))
+        self.folder.write_table(whole.name, self._latest(small, LEDGER_SCHEMA.names))
         self._parts = [*(part for part in self._parts if part not in small), whole]
         for part in small:
-            self._folder.delete(part.name)
+            self.folder.delete(part.name)
 
     def publish(self, target: Folder, names: dict[Status, str] | None = None) -> Funnel:
         """Write the final tables (sorted by key, so equal runs give equal files) and count them.

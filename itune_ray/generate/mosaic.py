@@ -138,16 +138,18 @@ MARKER_SHAPES = tuple(
     for left, right in (
         ("(", ")"),
         ("[", "]"),
-        ("{{", "}}"),
+        ("+", "+"),
         ("<", ">"),
         ("|", "|"),
         ("*", "*"),
         ("_", "_"),
         ("=", "="),
-        ("~", "~"),
+        ("^", "^"),
     )
     for times in (1, 2, 3)
 )
+"""Braces and tildes are not among them: a word in braces is an unfilled slot of a template (invariant I6), and three
+tildes open a fence."""
 _MARKER_OPENINGS = (
     "Open each answer with {begin} and close it with {end}.",
     "Put {begin} before each answer and {end} after it.",

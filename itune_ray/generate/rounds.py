@@ -27,8 +27,8 @@ from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.recipes.respond import Respond
 from itune_ray.observe.progress import Progress
 
-StreamOf = Callable[[Recipe, SamplingConfig], Stream]
-"""How a recipe runs over inputs."""
+StreamOf = Callable[[Recipe, SamplingConfig, Ledger], Stream]
+"""How a recipe runs over inputs whose outcomes go into a ledger."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class SelfInstruct:
             tally = drive(
                 inputs,
                 ledger,
-                self._stream_of(recipe, sampling),
+                self._stream_of(recipe, sampling, ledger),
                 commit=job.commit,
                 max_attempts=job.max_attempts,
                 on_progress=lambda done, so_far: task.update(done, so_far.prompt_tokens + so_far.generated_tokens),

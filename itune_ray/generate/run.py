@@ -30,7 +30,7 @@ from itune_ray.generate.recipes.base import Recipe, facts_of, recipe_identity
 from itune_ray.generate.recipes.mosaic import Mosaic
 from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.rounds import SelfInstruct
-from itune_ray.generate.worker import RecipeWorker, unpack
+from itune_ray.generate.worker import RecipeWorker, Settled, unpack
 from itune_ray.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
         tally = drive(
             records,
             ledger,
-            feed.stream_of(recipe, job.sampling),
+            feed.stream_of(recipe, job.sampling, ledger),
             commit=job.commit,
             max_attempts=job.max_attempts,
             on_progress=lambda settled, so_far: task.update(settled, so_far.prompt_tokens + so_far.generated_tokens),
@@ -137,8 +137,15 @@ class _Feed:
         self._pools: dict[str, Pool] = {}
         self._asked_before = 0
 
-    def stream_of(self, recipe: Recipe, sampling: SamplingConfig) -> Stream:
-        """Outcomes of whole inputs under a recipe, as they end; engines start with the first input."""
+    def stream_of(self, recipe: Recipe, sampling: SamplingConfig, ledger: Ledger) -> Stream:
+        """Outcomes of whole inputs under a recipe, as they end; engines start with the first input.
+
+        Args:
+            recipe: The recipe.
+            sampling: Of its calls.
+            ledger: Where the outcomes are committed: a worker that starts again passes over what is settled there.
+        """
+        settled = Settled(ledger.folder.uri, self._job.max_attempts)
 
         def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
             seed = self._job.seed
@@ -150,7 +157,7 @@ class _Feed:
             }
             others = {name: llm for name, llm in clients.items() if name != TEACHER}
             bound = cast(Any, recipe).bind(others) if others else recipe
-            return _stream(self._job, bound, clients.get(TEACHER) or no_llm(seed, SEED_STAGE), pending)
+            return _stream(self._job, bound, clients.get(TEACHER) or no_llm(seed, SEED_STAGE), pending, settled)
 
         return stream
 
@@ -200,7 +207,9 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
     )
 
 
-def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+def _stream(
+    job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record], settled: Settled
+) -> Iterator[list[Outcome]]:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
@@ -212,7 +221,7 @@ def _stream(job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record
         # Not from_arrow: it spends a one-CPU task per block on metadata, 10 s for 2,000 rows, and waits for a free CPU.
         dataset = ray.data.from_blocks(blocks).map_batches(
             RecipeWorker,
-            fn_constructor_kwargs={"recipe": recipe, "llm": llm},
+            fn_constructor_kwargs={"recipe": recipe, "llm": llm, "settled": settled},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=workers.cpus_each,

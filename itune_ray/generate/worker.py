@@ -5,30 +5,60 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
+from itune_ray.data.ledger import LEDGER_SCHEMA, Ledger, Outcome
 from itune_ray.data.records import Record
+from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Llm
-from itune_ray.errors import ITuneError
+from itune_ray.errors import ITuneError, StorageError
 from itune_ray.generate.recipes.base import Recipe
 
 INPUTS_PER_PARCEL = 16
 """Finished inputs that travel together. A fixed number: a block run again after a crash must yield as many parcels."""
 
 
+READS = 5
+"""Times that a ledger is read anew when the driver merges commits under the reader's hands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Where a worker reads which inputs need no engine any more; picklable."""
+
+    ledger: str
+    """The ledger's folder."""
+    max_attempts: int
+
+    def read(self) -> frozenset[str]:
+        """Keys of the inputs that are settled by now."""
+        for attempt in range(1, READS + 1):
+            try:
+                return frozenset(Ledger(Folder.at(self.ledger)).settled(self.max_attempts))
+            except StorageError:
+                if attempt == READS:
+                    raise
+        raise AssertionError("unreachable")
+
+
 class RecipeWorker:
     """Runs a recipe over blocks of rows, several blocks at once, on one event loop.
+
+    A worker that crashed is started again with the blocks it had in work. What was settled by then is read once, at the
+    start, and passed over: none of it reaches an engine again.
 
     Args:
         recipe: The recipe.
         llm: The model it calls.
+        settled: Where settled inputs are read; by default none are.
     """
 
-    def __init__(self, recipe: Recipe, llm: Llm):
+    def __init__(self, recipe: Recipe, llm: Llm, settled: Settled | None = None):
         self._recipe, self._llm = recipe, llm
+        self._settled = frozenset[str]() if settled is None else settled.read()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="recipes").start()
 
@@ -43,6 +73,9 @@ class RecipeWorker:
 
     async def _run(self, rows: Sequence[Record], finished: "queue.SimpleQueue[list[Outcome] | BaseException]") -> None:
         async def one(row: Record) -> None:
+            if row.key in self._settled:
+                finished.put([])
+                return
             try:
                 finished.put(await outcomes_of(self._recipe, row, self._llm))
             except BaseException as error:  # noqa: BLE001  the thread that waits must end too

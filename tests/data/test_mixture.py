@@ -77,10 +77,31 @@ def test_the_union_loses_nothing_and_depends_on_no_order(sources, random):
     assert all(ends[of] is None for of in ends.values() if of), "a row makes way only for one that stays"
 
 
-@pytest.mark.parametrize("second", [table("a", ["y"]), SourceTable("b", table("a", ["y"]).records, [])])
-def test_sources_that_cannot_be_told_apart_are_refused(second):
-    with pytest.raises(DataError, match=r"same (name|key).*inputs\.N\.source\.name"):
-        unite([part(), part()], [table("a", ["x"]), second])
+def test_inputs_of_one_name_are_refused():
+    with pytest.raises(DataError, match=r"same name.*inputs\.N\.source\.name"):
+        unite([part(), part()], [table("a", ["x"]), table("a", ["y"])])
+
+
+def test_a_stage_unites_with_the_one_it_was_made_from():
+    """D_t+1 = D_t and what is new (survey eq. 4), where new rows kept the keys of those they were made from."""
+    seeds = table("seeds", ["x", "y", "z"])
+    made = SourceTable("evolve", table("seeds", ["x, but harder", "y"]).records, [])
+    expected = {
+        "seeds/seeds:0:0": None,
+        "evolve/seeds:0:0": None,
+        "seeds/seeds:1:0": "evolve/seeds:1:0",
+        "evolve/seeds:1:0": None,
+        "seeds:2:0": None,
+    }
+    for tables in ([seeds, made], [made, seeds]):
+        assert {m.record.key: m.duplicate_of for m in unite([part(), part()], tables).members} == expected
+
+
+def test_a_key_that_stays_taken_is_refused():
+    odd = SourceTable("c", [Record(source="b/a", position=0, text="w")], [])
+    tables = [table("a", ["x"]), SourceTable("b", table("a", ["y"]).records, []), odd]
+    with pytest.raises(DataError, match=r"same key, in .*inputs\.N\.source\.name"):
+        unite([part(), part(), part()], tables)
 
 
 def test_weights_multiply_along_the_way():

@@ -1,5 +1,6 @@
 """A driver process of its own: `python drivers.py JOB.json OUTPUT`; and recipes that break things."""
 
+import asyncio
 import json
 import os
 import sys
@@ -15,16 +16,17 @@ from itune_ray.observe.progress import Progress
 
 
 class CrashOnce(Respond):
-    """`respond`, whose worker process dies in the middle of a block, the first time only."""
+    """`respond`, whose worker process dies in the middle of a block, the first time only, after some seconds."""
 
-    def __init__(self, flag: str):
+    def __init__(self, flag: str, after: float = 0.0):
         from itune_ray.config.recipes import RespondConfig
 
         super().__init__(RespondConfig())
-        self._flag = Path(flag)
+        self._flag, self._after = Path(flag), after
 
     async def __call__(self, row, llm) -> list[Outcome]:
         if row.position == 50 and not self._flag.exists():
+            await asyncio.sleep(self._after)
             self._flag.touch()
             os._exit(1)
         return await super().__call__(row, llm)

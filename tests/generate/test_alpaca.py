@@ -113,7 +113,7 @@ def loop(folder, **recipe):
     drawn = [" ".join(rng.sample(WORDS, 5)) for _ in range(99)]
     engine = Engine(lambda turn, index: "\n###\n".join(item(k, f"Task {drawn.pop()}") for k in (4, 5)))
 
-    def stream_of(bound, sampling):
+    def stream_of(bound, sampling, ledger):
         return lambda pending: (asyncio.run(outcomes_of(bound, record, llm(engine))) for record in pending)
 
     rounds = SelfInstruct(job(**recipe), SEEDS, Folder.at(folder), stream_of, Progress(quiet=True))

@@ -150,6 +150,25 @@ def test_a_crashed_worker_loses_no_row(host, prompts, tmp_path):
     assert tables(artifact) == tables(calm)
 
 
+def test_a_crashed_worker_asks_for_no_settled_row_again(host, prompts, tmp_path):
+    """Row 50's block is half committed when its worker dies: Ray gives the new one the whole block again."""
+    crash = {"flag": str(tmp_path / "crashed"), "after": 3.0}
+    log = tmp_path / "requests"
+    make(
+        host,
+        tmp_path,
+        prompts,
+        engine={"request_log": str(log)},
+        recipe={"type": "custom", "import_path": "drivers:CrashOnce", "args": crash},
+        workers={"num": 1, "blocks_in_flight": 1, "rows_per_block": 64},
+        commit={"rows": 16, "seconds": 0.2},
+    )
+    asked = Counter(int(line.split(":")[1]) for line in log.read_text().split())
+    again = {position for position, times in asked.items() if times > 1}
+    assert asked.keys() == set(range(ROWS)) - {20}
+    assert len(again) < 16, "at most what was on its way, less than a parcel"
+
+
 def test_too_few_cpus_are_told_before_anything_starts(host, prompts, tmp_path):
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"1 engine replicas and 16 recipe workers .*needs 8.5 CPU, .*has 8"):

@@ -10,7 +10,10 @@ from scripted import answered, prompt
 from scripted import run as run_one
 from testdata import public_data
 
+from itune_ray.config.curate import HygieneConfig
 from itune_ray.config.recipes import MosaicConfig
+from itune_ray.curate.filters.hygiene import Hygiene
+from itune_ray.data.records import Record
 from itune_ray.generate.mosaic import (
     MARKER_SHAPES,
     MARKER_WORDINGS,
@@ -70,6 +73,18 @@ def test_wordings_are_as_many_as_specified_and_all_different():
     assert (len(set(MARKER_WORDS)), len(set(MARKER_SHAPES))) == (17, 27)
     assert 5 <= len(set(ORDER_WORDINGS)) <= 9
     assert 5 <= len(set(MASK_WORDINGS)) <= 9
+
+
+def test_no_mark_looks_like_a_slot_or_a_token():
+    """Composed rows pass the hygiene filter (invariant I6), whatever marks were drawn."""
+    hygiene = Hygiene(
+        HygieneConfig(slots=tuple(word.lower().replace(" ", "_") for pair in MARKER_WORDS for word in pair))
+    )
+    for shape in MARKER_SHAPES:
+        for word in (word for pair in MARKER_WORDS for word in pair):
+            for text in (shape.format(word), shape.format(word.lower()), shape.format(word.lower().replace(" ", "_"))):
+                turns = ({"role": "user", "content": f"Open with {text}."}, {"role": "assistant", "content": text})
+                assert hygiene.keep(Record(source="s", position=0, messages=turns)).keep, text
 
 
 # --- what is printed, read back by a reader who knows nothing of the composer ----------------------------------------

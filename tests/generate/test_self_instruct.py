@@ -155,7 +155,7 @@ def run(folder: Folder, llm: Scripted, shuffle: int = 0, stop_after: int | None 
     """Rounds over a stream that is shuffled and may die after some inputs."""
     left = [stop_after]
 
-    def stream_of(recipe_: Any, sampling: Any) -> Any:
+    def stream_of(recipe_: Any, sampling: Any, ledger: Any) -> Any:
         def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
             order = list(pending)
             random.Random(shuffle).shuffle(order)

@@ -27,7 +27,7 @@ class Mosaic:
     with its answer is rejected once, as `not_single_turn`.
     """
 
-    version = 1
+    version = 2
     requires: tuple[str, ...] = ("messages",)
     provides: tuple[str, ...] = ("messages", "parents", "seed")
     rows_per_input = None
