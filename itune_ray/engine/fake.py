@@ -33,7 +33,8 @@ class FakeEngine:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Eight hashed numbers per text."""
+        """Eight hashed numbers per text; all of them together take the configured latency."""
+        await asyncio.sleep(self._config.latency_s)
         return [[_draw(text, dimension) for dimension in range(8)] for text in texts]
 
     def status(self) -> str:

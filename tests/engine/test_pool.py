@@ -91,6 +91,39 @@ def test_a_replica_killed_in_flight_loses_no_request(host):
 
 
 @pytest.mark.real
+def test_vectors_come_from_another_replica_where_one_dies(host):
+    pool, texts = host.pool(served(FakeEngineConfig(latency_s=1.0), replicas=2)), [f"text {i}" for i in range(5)]
+    client = pool.client
+    undisturbed = asyncio.run(client.embed(texts))
+
+    async def kill(pids: list[int]):
+        asked = [asyncio.ensure_future(client.embed(texts)) for _ in range(4)]  # some on either replica
+        await asyncio.sleep(0.4)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(kill([pool.infos[0].pid])) == [undisturbed] * 4
+
+
+@pytest.mark.real
+def test_vectors_have_a_deadline_and_a_bound_on_deaths(host):
+    late = host.pool(served(FakeEngineConfig(latency_s=30.0), request_timeout_s=0.3)).client
+    with pytest.raises(GenerationError, match=r"no answer within 0\.3 s .*; fake engine, alive"):
+        asyncio.run(late.embed(["a"]))
+    mortal = host.pool(served(FakeEngineConfig(latency_s=2.0), max_restarts=0))
+
+    async def killed():
+        asked = asyncio.ensure_future(mortal.client.embed(["a"]))
+        await asyncio.sleep(0.4)
+        os.kill(mortal.infos[0].pid, signal.SIGKILL)
+        await asked
+
+    with pytest.raises(GenerationError, match="1 replicas died under the same request"):
+        asyncio.run(killed())
+
+
+@pytest.mark.real
 def test_a_single_replica_is_started_again(host):
     pool = host.pool(served(FakeEngineConfig(latency_s=0.3), replicas=1, max_restarts=1))
     client = pool.client
