@@ -40,7 +40,7 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
         progress.say(line)
     with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
         purse = Purse(store.folder, job.run.budget)
-        engines = EngineHost(job.run.placement, job.name, purse.check)
+        engines = EngineHost(job.run.placement, job.name, purse.check, progress.say)
         with (
             metrics.sent_to(purse),
             Watch(progress, job.run.stall_s),

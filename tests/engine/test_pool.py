@@ -241,7 +241,7 @@ def placed_host(ray_session):
 def statuses(pool) -> list[str]:
     import ray
 
-    return ray.get([replica.status.remote() for replica in pool.replicas])
+    return ray.get([replica.status.remote() for replica in pool.replicas.values()])
 
 
 def free_gpus() -> float:
