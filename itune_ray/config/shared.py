@@ -349,8 +349,9 @@ class RunSettings(Schema):
     ray: RayConfig = RayConfig()
     placement: Placement = "auto"
     """What becomes of running engines while a model is trained. separate: both hold their resources, or the job is
-    refused. timeshare: engines sleep and keep theirs, so both must fit by their fractions (0.5 GPU and 0.5 GPU).
-    restart: engines are given back and started again when asked next. auto: separate where both fit, else restart."""
+    refused. timeshare: engines sleep and keep theirs, and each device holds one engine and one worker by their shares
+    (0.55 and 0.45 GPU). restart: engines are given back and started again when asked next. auto: separate where both
+    fit, else restart."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A step without progress for so long is told of, with what each engine and worker is doing."""
     prices: dict[str, float] = {}

@@ -19,6 +19,7 @@ from itune_ray.data.fingerprint import content_identity
 from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, cause_of
 from itune_ray.engine.line import ActorHandle, one_line
 from itune_ray.engine.replica import Replica, ReplicaInfo
+from itune_ray.engine.timeshare import check_counts, check_shares
 from itune_ray.errors import ClusterError, GenerationError, ITuneError
 from itune_ray.observe import metrics
 from itune_ray.observe.ray_sink import RAY_SINK
@@ -378,6 +379,7 @@ class EngineHost:
         Raises:
             BudgetError: The run may start nothing more.
             ClusterError: The cluster can never hold it, or not together with engines that stay.
+            ConfigError: It would share devices with engines otherwise than one to one, see `timeshare`.
         """
         self._allow()
         room.require(needed, what, knob, each, count)
@@ -388,12 +390,22 @@ class EngineHost:
         if self._placement == "timeshare":
             for pool in self._pools.values():
                 pool.sleep()
+            self._check_timeshare(each.get("GPU", 0.0), count)
         if self._placement in ("timeshare", "separate"):
             room.require(together, f"{what} beside the engines", f"{knob}, pool.gpus_each or run.placement")
         elif self._placement == "restart" or not room.fits(together):
             say(f"engines are given back for {what}, and start again when asked next")
             self.close()
         self._shrink_beside(needed, f"the rest is room for {what}")
+
+    def _check_timeshare(self, share: float, count: int) -> None:
+        sharing = [pool for pool in self._pools.values() if pool.served.pool.gpus_each]
+        if not share or not sharing:
+            return
+        for pool in sharing:
+            check_shares(pool.served.pool.gpus_each, share)
+        engines = sum(pool.size * shards_of(pool.served) for pool in sharing)
+        check_counts(engines, count, int(room.capacity().get("GPU", 0.0)))
 
     def keep(self, served: Iterable[ServedModel]) -> None:
         """Give back the pools of all other models: nothing will ask them again, and their nodes can go."""

@@ -11,7 +11,7 @@ import pytest
 from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.engine.base import Request, Sampling
 from itune_ray.engine.pool import EngineHost, pool_key, resources_of
-from itune_ray.errors import ClusterError, GenerationError, ModelError
+from itune_ray.errors import ClusterError, ConfigError, GenerationError, ModelError
 
 FAKE = ModelRef(path="any")
 
@@ -221,6 +221,7 @@ def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
 
 # --- engines and trainers on the same devices -------------------------------------------------------------------------
 
+REST = {"GPU": 0.45}
 HALF = {"GPU": 0.5}
 """What a training worker asks of a device that an engine holds the other half of."""
 
@@ -254,13 +255,13 @@ def free_gpus() -> float:
 def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_host, wait_until):
     """With real vLLM, which on CPU is closed and built anew inside its actor."""
     host = placed_host("timeshare")
-    model = ServedModel(model=ModelRef(path="playground://base"), pool=PoolConfig(gpus_each=0.5))
+    model = ServedModel(model=ModelRef(path="playground://base"), pool=PoolConfig(gpus_each=0.55))
     greedy = [Request(id="a", sampling=Sampling(max_tokens=8), text="flip the word")]
     pool = host.pool(model)
     before = asyncio.run(pool.client.generate(greedy))
-    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
+    host.make_room(REST, REST, 1, "one worker", "workers.gpus_each")
     assert statuses(pool) == ["asleep"]
-    wait_until(lambda: free_gpus() == 0.5, "the replica keeps its half of the device")
+    wait_until(lambda: free_gpus() == 0.45, "the replica keeps its share of the device")
     with pytest.raises(GenerationError, match="asleep"):
         asyncio.run(pool.client.generate(greedy))
     assert host.pool(model) is pool
@@ -272,7 +273,7 @@ def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_ho
 def test_timeshare_with_fractions_above_a_device_is_refused(placed_host):
     host = placed_host("timeshare")
     host.pool(served(gpus_each=0.8))
-    with pytest.raises(ClusterError, match=r"one worker beside the engines needs 1.3 GPU, and the cluster has 1"):
+    with pytest.raises(ConfigError, match=r"pool\.gpus_each=0\.8, workers\.gpus_each=0\.5"):
         host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
 
 
