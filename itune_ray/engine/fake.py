@@ -96,7 +96,9 @@ class FakeEngine:
             text=" ".join(kept),
             token_ids=ids,
             finish_reason=finish,
-            logprobs=None if sampling.logprobs is None else tuple({i: -_draw("logprob", i)} for i in ids),
+            logprobs=None
+            if sampling.logprobs is None and not sampling.logprob_token_ids
+            else tuple({t: -_draw("logprob", t) for t in (i, *sampling.logprob_token_ids)} for i in ids),
         )
 
     def _words(self, prompt: str, seed: int | None, adapter: str | None) -> list[str]:
