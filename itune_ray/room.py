@@ -63,6 +63,15 @@ def fits(needed: Mapping[str, float]) -> bool:
     return all(amount <= limits.get(name, 0.0) + EPSILON for name, amount in needed.items())
 
 
+def most(each: Mapping[str, float], at_most: int, held: Mapping[str, float]) -> int:
+    """How many such processes the cluster at its largest has room for beside what is held; at most so many."""
+    if not each:
+        return at_most
+    limits = capacity()
+    left = {name: limits.get(name, 0.0) - held.get(name, 0.0) for name in each}
+    return max(0, min(at_most, _places(each), _places_on(left, each)))
+
+
 def capacity() -> dict[str, float]:
     """All resources of the cluster at its largest, busy ones included."""
     total: Counter[str] = Counter()

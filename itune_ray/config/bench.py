@@ -46,6 +46,6 @@ class BenchJob(Job):
         teacher = self.stage.teacher
         if teacher is None or not isinstance(teacher.engine, VllmEngineConfig):
             raise ValueError("stage.teacher.engine must be vllm")
-        if teacher.pool.replicas != 1:
+        if teacher.pool.most != 1:
             raise ValueError("stage.teacher.pool.replicas must be 1: LLM.generate is one engine")
         return self

@@ -258,8 +258,9 @@ class PoolConfig(Holder):
 
     role: ClassVar[Role] = "infer"
 
-    replicas: Positive = 1
-    """Replicas, all asked for at once."""
+    replicas: Positive | tuple[Positive, Positive] = 1
+    """Replicas, all asked for at once. With [min, max] work begins as soon as min are ready; the others join when they
+    come, are given up after `start_timeout_s`, and are no more than fit beside the stage's own workers."""
     gpus_each: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica; with tensor or pipeline parallel engines, of one shard."""
     env: Env = {}
@@ -273,6 +274,22 @@ class PoolConfig(Holder):
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """Times a dead replica is started again before the pool gives up."""
 
+    @property
+    def least(self) -> int:
+        """Replicas without which no work begins."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+
+    @property
+    def most(self) -> int:
+        """Replicas that are asked for where there is room."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[1]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PoolConfig":
+        if self.least > self.most:
+            raise ValueError(f"replicas must be [min, max] with min at most max, got [{self.least}, {self.most}]")
+        return self
+
 
 class ServedModel(Schema):
     """A model with the engine that serves it and the pool that holds the replicas."""
@@ -285,7 +302,7 @@ class ServedModel(Schema):
 
     @model_validator(mode="after")
     def _one_client(self) -> "ServedModel":
-        if isinstance(self.engine, HttpEngineConfig) and self.pool.replicas != 1:
+        if isinstance(self.engine, HttpEngineConfig) and self.pool.most != 1:
             raise ValueError("pool.replicas must be 1 for an http engine: one client keeps its rate limits")
         return self
 
@@ -333,8 +350,9 @@ class RunSettings(Schema):
     ray: RayConfig = RayConfig()
     placement: Placement = "auto"
     """What becomes of running engines while a model is trained. separate: both hold their resources, or the job is
-    refused. timeshare: engines sleep and keep theirs, so both must fit by their fractions (0.5 GPU and 0.5 GPU).
-    restart: engines are given back and started again when asked next. auto: separate where both fit, else restart."""
+    refused. timeshare: engines sleep and keep theirs, and each device holds one engine and one worker by their shares
+    (0.55 and 0.45 GPU). restart: engines are given back and started again when asked next. auto: separate where both
+    fit, else restart."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A step without progress for so long is told of, with what each engine and worker is doing."""
     prices: dict[str, float] = {}

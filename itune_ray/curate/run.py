@@ -98,6 +98,7 @@ def run(job: CurateJob, runs: RunStore, stage: str, engines: EngineHost, progres
         _drop_unsafe(board)
     state = Run(job, board, runs, engines, progress)
     groups = list(passes(steps))
+    engines.leave(job.workers.each)
     with progress.task(stage, mixture.rows_in) as task:
         task.update(0)
         for number, group in enumerate(groups, start=1):
@@ -294,7 +295,7 @@ def _ask(step: Step, filter: ModelFilter, state: Run) -> None:
         client = state.engines.pool(served).client
         return client.llm(sampling_of(filter.sampling), job.seed, f"curate.{kind}", served.model.adapter)
 
-    in_flight = served.pool.replicas * served.pool.max_outstanding
+    in_flight = served.pool.most * served.pool.max_outstanding
     contents = len({record.content_hash for record in asked})
     with state.progress.task(step.name, contents, "answers") as task:
         state.model_tokens += rate_all(

@@ -34,6 +34,8 @@ class Sampling:
     """Top log-probabilities per generated token; 0 gives the chosen token's only."""
     prompt_logprobs: int | None = None
     """The same per prompt token. Raw values at T = 1 whatever the temperature."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """In place of `logprobs`: those of exactly these tokens and of the chosen one, per generated token; 128 at most."""
     choice: tuple[str, ...] = ()
     """The answer is one of these texts."""
     json_schema: str | None = None

@@ -1,8 +1,8 @@
 """[Ray] The sender's side of a pool: which replica is asked, what happens when one dies, and when to give up."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 from itune_ray.config.shared import ModelRef, PoolConfig
 from itune_ray.data.fingerprint import named
@@ -14,6 +14,7 @@ from itune_ray.errors import GenerationError, ITuneError
 
 STATUS_TIMEOUT_S = 2.0
 RETRY_PAUSE_S = 0.2
+T = TypeVar("T")
 
 
 class PoolClient:
@@ -24,10 +25,19 @@ class PoolClient:
         config: The pool's bounds and deadlines.
         model: What they serve, as `path@revision`.
         ref: The model itself.
+        joining: Numbers of the replicas that are not ready yet; each takes requests from when it is.
     """
 
-    def __init__(self, replicas: Sequence[ActorHandle], config: PoolConfig, model: str, ref: ModelRef | None = None):
+    def __init__(
+        self,
+        replicas: Sequence[ActorHandle],
+        config: PoolConfig,
+        model: str,
+        ref: ModelRef | None = None,
+        joining: Collection[int] = (),
+    ):
         self._replicas, self._config, self.model, self._ref = list(replicas), config, model, ref
+        self._joining = frozenset(joining)
         self._routes: tuple[asyncio.AbstractEventLoop, Router, list[Line]] | None = None
         self._reviving: dict[int, asyncio.Task[None]] = {}
         self._dead: set[int] = set()
@@ -47,21 +57,28 @@ class PoolClient:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """One vector per text, from one replica.
+        """One vector per text, from one replica; from another where that one dies.
 
         Raises:
-            GenerationError: The engine refused a text, or died.
+            GenerationError: The engine refused a text, gave no answer within the deadline, or replicas kept dying.
         """
+        given = list(texts)
+        return await self._on_a_replica(lambda index, _: self._embed(index, given), f"{len(given)} texts to embed")
+
+    async def _embed(self, index: int, texts: list[str]) -> list[list[float]]:
+        import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        router, _ = self._connected()
-        async with router.slot() as index:
-            try:
-                return await result(self._replicas[index].embed.remote(list(texts)))
-            except RayTaskError as error:
-                raise cause_of(error) from None
-            except RayActorError as error:
-                raise GenerationError(one_line(error), got=self.model, knob="pool.max_restarts") from None
+        asked = self._replicas[index].embed.remote(texts)
+        try:
+            return await asyncio.wait_for(result(asked), self._config.request_timeout_s)
+        except RayTaskError as error:
+            raise cause_of(error) from None
+        except RayActorError as error:
+            raise LineDownError(one_line(error)) from None
+        except TimeoutError:
+            ray.cancel(asked)
+            raise GenerationError(await self._too_late(index), got=self.model, knob="pool.request_timeout_s") from None
 
     def llm(self, sampling: Sampling, seed: int = 0, stage: str = "", adapter: str | None = None) -> EngineLlm:
         """What recipes, judges and benchmarks call.
@@ -77,25 +94,34 @@ class PoolClient:
         return EngineLlm(self, model=model, sampling=sampling, seed=seed, stage=stage, adapter=adapter, ref=ref)
 
     async def _complete(self, request: Request) -> Completion:
+        async def ask(index: int, line: Line) -> Completion:
+            try:
+                return await line.ask(request, self._config.request_timeout_s)
+            except TimeoutError:
+                return Completion(id=request.id, error=await self._too_late(index), retryable=True)
+
+        return await self._on_a_replica(ask, request.id)
+
+    async def _on_a_replica(self, ask: Callable[[int, Line], Awaitable[T]], what: str) -> T:
+        """The answer of a replica with room; of another, at most `max_restarts` times, where that one dies."""
         router, lines = self._connected()
         deaths = 0
         while True:
             async with router.slot() as index:
                 try:
-                    return await lines[index].ask(request, self._config.request_timeout_s)
-                except TimeoutError:
-                    limit = f"no answer within {self._config.request_timeout_s:g} s (pool.request_timeout_s)"
-                    return Completion(id=request.id, error=f"{limit}; {await self._status(index)}", retryable=True)
+                    return await ask(index, lines[index])
                 except (LineDownError, EngineDiedError) as error:
                     reason = str(error)
             deaths += 1
             self._route_around(router, index, reason)
             if deaths > self._config.max_restarts:
                 raise GenerationError(
-                    f"{deaths} replicas died under the same request: {reason}",
-                    got=request.id,
-                    knob="pool.max_restarts",
+                    f"{deaths} replicas died under the same request: {reason}", got=what, knob="pool.max_restarts"
                 )
+
+    async def _too_late(self, index: int) -> str:
+        limit = f"no answer within {self._config.request_timeout_s:g} s (pool.request_timeout_s)"
+        return f"{limit}; {await self._status(index)}"
 
     async def _status(self, index: int) -> str:
         from ray.exceptions import RayError
@@ -113,6 +139,8 @@ class PoolClient:
             router = Router(len(self._replicas), self._config.max_outstanding)
             self._routes = loop, router, [Line(replica) for replica in self._replicas]
             self._reviving, self._dead = {}, set()
+            for index in self._joining:
+                self._route_around(router, index, "it never became ready")
         return self._routes[1:]
 
     def _route_around(self, router: Router, index: int, reason: str) -> None:
@@ -121,7 +149,7 @@ class PoolClient:
             self._reviving[index] = asyncio.ensure_future(self._revive(router, index, reason))
 
     async def _revive(self, router: Router, index: int, reason: str) -> None:
-        """Bring a replica back into the routes once Ray has started it again, or give it up."""
+        """Bring a replica into the routes once Ray has started it, for the first time or again, or give it up."""
         try:
             await asyncio.wait_for(self._until_ready(index), self._config.start_timeout_s)
         except (TimeoutError, ITuneError) as error:

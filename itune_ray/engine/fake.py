@@ -33,7 +33,8 @@ class FakeEngine:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Eight hashed numbers per text."""
+        """Eight hashed numbers per text; all of them together take the configured latency."""
+        await asyncio.sleep(self._config.latency_s)
         return [[_draw(text, dimension) for dimension in range(8)] for text in texts]
 
     def status(self) -> str:
@@ -95,7 +96,9 @@ class FakeEngine:
             text=" ".join(kept),
             token_ids=ids,
             finish_reason=finish,
-            logprobs=None if sampling.logprobs is None else tuple({i: -_draw("logprob", i)} for i in ids),
+            logprobs=None
+            if sampling.logprobs is None and not sampling.logprob_token_ids
+            else tuple({t: -_draw("logprob", t) for t in (i, *sampling.logprob_token_ids)} for i in ids),
         )
 
     def _words(self, prompt: str, seed: int | None, adapter: str | None) -> list[str]:

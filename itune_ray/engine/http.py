@@ -193,7 +193,8 @@ def _unsupported(request: Request) -> str | None:
     asked = {
         "an adapter on an http endpoint": request.adapter is not None,
         "a prompt of tokens or plain text on an http endpoint": request.messages is None,
-        "log-probabilities by token id on an http endpoint": sampling.logprobs is not None,
+        "log-probabilities by token id on an http endpoint": sampling.logprobs is not None
+        or bool(sampling.logprob_token_ids),
         "prompt log-probabilities on an http endpoint": sampling.prompt_logprobs is not None,
         "ignore_end on an http endpoint": sampling.ignore_end,
     }

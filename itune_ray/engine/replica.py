@@ -111,7 +111,12 @@ class Replica:
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
         """One vector per text."""
-        return await self._serving().embed(texts)
+        engine = self._serving()
+        try:
+            return await engine.embed(texts)
+        except EngineDiedError as error:
+            self._end(error)
+            raise
 
     async def sleep(self) -> None:
         """Give the engine's memory up until `wake`; one that cannot sleep is closed and later built anew."""
@@ -183,9 +188,13 @@ class Replica:
             try:
                 return (await engine.generate([request]))[0]
             except EngineDiedError as error:
-                self._failure = error
-                asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+                self._end(error)
                 raise
+
+    def _end(self, error: EngineDiedError) -> None:
+        """The process ends with its engine, so that Ray starts both again."""
+        self._failure = error
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
 
     def _serving(self) -> Any:
         if self._failure is not None:

@@ -240,6 +240,7 @@ def sampling_params(sampling: Sampling) -> Any:
         stop=list(sampling.stop),
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        logprob_token_ids=list(sampling.logprob_token_ids) or None,
         structured_outputs=_structure(sampling),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -112,7 +112,8 @@ def _require_room(job: EvaluateJob, models: Sequence[EvaluatedModel], engines: E
     held, workers = Counter(engines.held), job.workers
     for model in models:
         held.update(Counter(engines.held_with(model)) - Counter(engines.held))
-    held.update(scaled(workers.each, workers.num))
+    own = scaled(workers.each, workers.num)
+    held.update(own)
     require(
         held,
         f"{len(models)} engine pools and {job.workers.num} eval actors beside what the job holds already",
@@ -120,6 +121,7 @@ def _require_room(job: EvaluateJob, models: Sequence[EvaluatedModel], engines: E
         workers.each,
         workers.num,
     )
+    engines.leave(own, models)
 
 
 def _started(bases: Mapping[str, EvaluatedModel], engines: EngineHost) -> dict[str, Pool]:

@@ -196,8 +196,9 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
     workers, held = job.workers, Counter(engines.held)
     for served in {pool_key(model): model for model in models}.values():
         held.update(Counter(engines.held_with(served)) - Counter(engines.held))
-    replicas = sum(model.pool.replicas for model in models)
-    held.update(scaled(workers.each, workers.num))
+    replicas = sum(model.pool.least for model in models)
+    own = scaled(workers.each, workers.num)
+    held.update(own)
     room.require(
         held,
         f"{replicas} engine replicas and {workers.num} recipe workers beside what the job holds already",
@@ -205,6 +206,7 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
         workers.each,
         workers.num,
     )
+    engines.leave(own, models)
 
 
 def _stream(

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from itune_ray.config.base import sections
 from itune_ray.config.pipeline import PipelineJob
-from itune_ray.config.roles import placed
+from itune_ray.config.roles import Holder, placed
 from itune_ray.config.shared import Job, RunSettings, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.lock import RunLock
 from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.timeshare import check_shares
 from itune_ray.jobs import job_type, resolve
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress
@@ -34,13 +35,15 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
         The run, whose `opened` lists the artifacts in order; its folder holds summary.json.
     """
     steps = plan(job) if isinstance(job, PipelineJob) else [Step(job_name, job_name, job.model_dump(mode="json"))]
+    if job.run.placement == "timeshare":
+        _check_shares(steps)
     store = RunStore(output_root(job.run), job.name)
     metrics.in_context(run=job.name)
     for line in receivers(job):
         progress.say(line)
     with RunLock(store.folder, job.run.lock_ttl_s, progress.say):
         purse = Purse(store.folder, job.run.budget)
-        engines = EngineHost(job.run.placement, job.name, purse.check)
+        engines = EngineHost(job.run.placement, job.name, purse.check, progress.say)
         with (
             metrics.sent_to(purse),
             Watch(progress, job.run.stall_s),
@@ -55,6 +58,15 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
             finally:
                 engines.close()
     return store
+
+
+def _check_shares(steps: Sequence[Step]) -> None:
+    """Devices are shared one to one by whatever engines and trainers the steps name, or nothing is begun."""
+    holders = [holder for step in steps for holder in sections(step.resolve(_paths({})), Holder)]
+    engines, workers = ({h.gpus_each for h in holders if h.role == role} for role in ("infer", "train"))
+    for engine in sorted(engines):
+        for worker in sorted(workers):
+            check_shares(engine, worker)
 
 
 def _run_steps(

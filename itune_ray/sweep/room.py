@@ -36,9 +36,11 @@ def make_room(job: SweepJob, shapes: Shapes, engines: EngineHost, progress: Prog
         "max_concurrent, train.workers.cpus_each, evaluate.pool.cpus_each or run.ray.num_cpus",
         progress.say,
     )
+    engines.leave(_own(job), shapes.served.values())
 
 
-def _held(job: SweepJob, shapes: Shapes) -> dict[str, float]:
+def _own(job: SweepJob) -> dict[str, float]:
+    """What is no engine's."""
     workers, scorers = job.train.workers, job.evaluate.workers
     held: dict[str, float] = defaultdict(float)
     held["CPU"] = WAITING_CPUS * job.max_concurrent if workers.num > 1 else 0.0
@@ -46,6 +48,11 @@ def _held(job: SweepJob, shapes: Shapes) -> dict[str, float]:
         held[name] += amount * scorers.num
     for name, amount in workers.each.items():
         held[name] += amount * workers.num * job.max_concurrent
+    return held
+
+
+def _held(job: SweepJob, shapes: Shapes) -> dict[str, float]:
+    held: dict[str, float] = defaultdict(float, _own(job))
     for served in shapes.served.values():
         for name, amount in resources_of(served).items():
             held[name] += amount

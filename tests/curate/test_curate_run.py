@@ -309,6 +309,9 @@ class FakeHost:
         self.asked = 0
         self.held: dict[str, float] = {}
 
+    def leave(self, own: Any) -> None:
+        pass
+
     def pool(self, served: Any) -> Any:
         return SimpleNamespace(client=SimpleNamespace(llm=lambda *_: self))
 

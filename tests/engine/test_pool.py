@@ -11,7 +11,7 @@ import pytest
 from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.engine.base import Request, Sampling
 from itune_ray.engine.pool import EngineHost, pool_key, resources_of
-from itune_ray.errors import ClusterError, GenerationError, ModelError
+from itune_ray.errors import ClusterError, ConfigError, GenerationError, ModelError
 
 FAKE = ModelRef(path="any")
 
@@ -88,6 +88,39 @@ def test_a_replica_killed_in_flight_loses_no_request(host):
         return await task
 
     assert asyncio.run(kill_one_meanwhile()) == undisturbed
+
+
+@pytest.mark.real
+def test_vectors_come_from_another_replica_where_one_dies(host):
+    pool, texts = host.pool(served(FakeEngineConfig(latency_s=1.0), replicas=2)), [f"text {i}" for i in range(5)]
+    client = pool.client
+    undisturbed = asyncio.run(client.embed(texts))
+
+    async def kill(pids: list[int]):
+        asked = [asyncio.ensure_future(client.embed(texts)) for _ in range(4)]  # some on either replica
+        await asyncio.sleep(0.4)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(kill([pool.infos[0].pid])) == [undisturbed] * 4
+
+
+@pytest.mark.real
+def test_vectors_have_a_deadline_and_a_bound_on_deaths(host):
+    late = host.pool(served(FakeEngineConfig(latency_s=30.0), request_timeout_s=0.3)).client
+    with pytest.raises(GenerationError, match=r"no answer within 0\.3 s .*; fake engine, alive"):
+        asyncio.run(late.embed(["a"]))
+    mortal = host.pool(served(FakeEngineConfig(latency_s=2.0), max_restarts=0))
+
+    async def killed():
+        asked = asyncio.ensure_future(mortal.client.embed(["a"]))
+        await asyncio.sleep(0.4)
+        os.kill(mortal.infos[0].pid, signal.SIGKILL)
+        await asked
+
+    with pytest.raises(GenerationError, match="1 replicas died under the same request"):
+        asyncio.run(killed())
 
 
 @pytest.mark.real
@@ -188,6 +221,7 @@ def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
 
 # --- engines and trainers on the same devices -------------------------------------------------------------------------
 
+REST = {"GPU": 0.45}
 HALF = {"GPU": 0.5}
 """What a training worker asks of a device that an engine holds the other half of."""
 
@@ -208,7 +242,7 @@ def placed_host(ray_session):
 def statuses(pool) -> list[str]:
     import ray
 
-    return ray.get([replica.status.remote() for replica in pool.replicas])
+    return ray.get([replica.status.remote() for replica in pool.replicas.values()])
 
 
 def free_gpus() -> float:
@@ -221,13 +255,13 @@ def free_gpus() -> float:
 def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_host, wait_until):
     """With real vLLM, which on CPU is closed and built anew inside its actor."""
     host = placed_host("timeshare")
-    model = ServedModel(model=ModelRef(path="playground://base"), pool=PoolConfig(gpus_each=0.5))
+    model = ServedModel(model=ModelRef(path="playground://base"), pool=PoolConfig(gpus_each=0.55))
     greedy = [Request(id="a", sampling=Sampling(max_tokens=8), text="flip the word")]
     pool = host.pool(model)
     before = asyncio.run(pool.client.generate(greedy))
-    host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
+    host.make_room(REST, REST, 1, "one worker", "workers.gpus_each")
     assert statuses(pool) == ["asleep"]
-    wait_until(lambda: free_gpus() == 0.5, "the replica keeps its half of the device")
+    wait_until(lambda: free_gpus() == 0.45, "the replica keeps its share of the device")
     with pytest.raises(GenerationError, match="asleep"):
         asyncio.run(pool.client.generate(greedy))
     assert host.pool(model) is pool
@@ -239,7 +273,7 @@ def test_timeshare_puts_the_engine_to_sleep_and_wakes_the_same_replica(placed_ho
 def test_timeshare_with_fractions_above_a_device_is_refused(placed_host):
     host = placed_host("timeshare")
     host.pool(served(gpus_each=0.8))
-    with pytest.raises(ClusterError, match=r"one worker beside the engines needs 1.3 GPU, and the cluster has 1"):
+    with pytest.raises(ConfigError, match=r"pool\.gpus_each=0\.8, workers\.gpus_each=0\.5"):
         host.make_room(HALF, HALF, 1, "one worker", "workers.gpus_each")
 
 

@@ -13,6 +13,7 @@ from itune_ray.config.recipes import PreferenceLabelConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
+from itune_ray.engine.choice import continued
 from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.principles import principles_text, read_principles
@@ -130,13 +131,11 @@ class PreferenceLabel(Chain):
         renderer = model_renderer(calls.llm.ref)
         tokens = renderer.tokenizer(option, add_special_tokens=False)["input_ids"]
         prompt = renderer.prompt_ids(chat)
-        completion = await calls.llm.score([*prompt, *tokens], key=f"{calls.row.key}/{order}/{option}", top=1)
-        entries = (calls.counted(completion).prompt_logprobs or ())[-len(tokens) :]
-        found = [(entry or {}).get(token) for entry, token in zip(entries, tokens, strict=False)]
-        known = [value for value in found if value is not None and math.isfinite(value)]
-        if len(known) < len(tokens):
+        value, completion = await continued(calls.llm, prompt, tokens, key=f"{calls.row.key}/{order}/{option}")
+        calls.counted(completion)
+        if math.isnan(value):
             raise EndedError("no_option", raw=f"the engine gives no finite log-probability of {option!r}")
-        return sum(known)
+        return value
 
 
 def option_ids(tokenizer: Any, option: str) -> tuple[int, ...]:
