@@ -211,7 +211,7 @@ def our_pairs(texts: Sequence[str], pairs: Sequence[Pair]) -> list[bool]:
     return [bool((keys[i] == keys[j]).any()) for i, j in pairs]
 
 
-def of_datasketch(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[int]]]:
+def of_datasketch(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[Any]]]:
     """Texts that share a bucket with one before them, and candidates by number."""
     import datasketch
 
@@ -227,7 +227,7 @@ def of_datasketch(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[i
     return losers, lambda number: index.query(sketches[number])
 
 
-def of_rensa(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[int]]]:
+def of_rensa(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[Any]]]:
     """As above; its permutations must be a multiple of its bands: 126 of the 128, the same curve."""
     rensa: Any = importlib.import_module("rensa")
     num_perm = NEAR.bands * NEAR.rows
