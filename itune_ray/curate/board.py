@@ -169,7 +169,8 @@ class Board:
         for name, scores in sorted(self._scores.items()):
             table = table.append_column(f"score_{name}", pa.array(np.concatenate([scores, unread])))
         extra = [table.schema.field(name) for name in table.column_names if name not in LEDGER_SCHEMA.names]
-        return table.cast(pa.schema([*LEDGER_SCHEMA, *extra])).sort_by("key")
+        table = table.cast(pa.schema([*LEDGER_SCHEMA, *extra]))
+        return table.sort_by("key") if quarantined else table  # members are in the order of their keys
 
 
 def _standing_of(outcome: Outcome) -> Standing:
