@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from runs import rated_answer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
@@ -20,6 +19,7 @@ from itune_ray.data.records import Message, Record
 from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Completion, Sample
 from itune_ray.errors import GenerationError
+from runs import rated_answer
 
 
 def judge(**more: Any) -> JudgeFilter:

@@ -8,7 +8,6 @@ import time
 import jinja2
 import pytest
 import tiny
-from runs import rated_answer
 
 from itune_ray.config.base import load_job, validate
 from itune_ray.config.curate import CurateJob
@@ -29,6 +28,7 @@ from itune_ray.engine.prompts import BadPromptError, PromptEncoder
 from itune_ray.errors import ConfigError, ITuneError, ModelError, StorageError
 from itune_ray.generate.recipes.base import render
 from itune_ray.pipeline.step import plan
+from runs import rated_answer
 
 PLAYGROUND = {"type": "playground", "split": "chat", "rows": 1}
 ESCAPES = [
