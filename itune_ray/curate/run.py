@@ -36,7 +36,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.mixture import unite
-from itune_ray.data.records import UNSAFE
+from itune_ray.data.records import UNSAFE, rows_of
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pool import EngineHost
@@ -140,7 +140,7 @@ def _filter_rows(group: Sequence[Step], state: Run) -> None:
     chain = [Link(s.name, s.filter, s.config.only) for s in group if isinstance(s.filter, RowFilter)]
     if rows:
         table = block_table(rows, [board.record(row) for row in rows], [board.source(row) for row in rows])
-        for verdict in _verdicts(table, chain, state).to_pylist():
+        for verdict in rows_of(_verdicts(table, chain, state)):
             _note(board, verdict, chain[verdict["link"]].name)
     for link in chain:
         state.facts[link.name] = link.filter.facts()

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from itune_ray.curate.filters.base import KEEP, RowFilter, Verdict
-from itune_ray.data.records import RECORD_SCHEMA, Record, records_table
+from itune_ray.data.records import RECORD_SCHEMA, Record, records_table, rows_of
 
 BLOCK_SCHEMA = pa.schema([*RECORD_SCHEMA, ("row", pa.int64()), ("input", pa.string())])
 """A record with its number on the board and the name of its source."""
@@ -48,7 +48,7 @@ def block_table(rows: Sequence[int], records: Sequence[Record], inputs: Sequence
 def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
     """Each row through the chain until a link rejects it; `VERDICT_SCHEMA`, without plain approvals of no score."""
     found: list[tuple[Any, ...]] = []
-    for fields in block.to_pylist():
+    for fields in rows_of(block):
         record = Record.from_row(fields)
         for index, link in enumerate(chain):
             if link.only and fields["input"] not in link.only:

@@ -115,7 +115,9 @@ _LOSER_SCHEMA = pa.schema([("id", pa.int64()), ("of", pa.int64())])
 
 def _digests(texts: pa.Table, level: int, partitions: int = 1) -> pa.Table:
     keys = [
-        hashlib.blake2b(normalise(text, level).encode(), digest_size=16).digest() for text in texts["text"].to_pylist()
+        hashlib.blake2b(normalise(text, level).encode(), digest_size=16).digest()
+        for batch in texts.select(["text"]).to_batches(max_chunksize=ROWS_AT_ONCE)
+        for text in batch["text"].to_pylist()
     ]
     part = [int.from_bytes(key[:4], "big") % partitions for key in keys]
     return pa.table({"partition": pa.array(part, pa.int32()), "digest": pa.array(keys, pa.binary()), "id": texts["id"]})
@@ -180,21 +182,41 @@ def _shingled(texts: pa.Table, settings: NearSettings, blocks: int | None) -> tu
     else:
         mapped = _dataset(texts, blocks).map_batches(partial(_shingle_table, **arguments), **_BLOCKWISE)
         table = _gathered(mapped, _SHINGLE_SCHEMA)
-    table = table.sort_by("id")
-    chunks: list[Any] = table["shingles"].chunks
-    lists: Any = pa.concat_arrays(chunks or [pa.array([], _SHINGLE_SCHEMA.field("shingles").type)])
-    offsets = np.cumsum(np.r_[0, np.asarray(lists.value_lengths())], dtype=np.int64)
-    return table["id"].to_numpy(), ShingleSets(np.asarray(lists.flatten()), offsets)
+    ids = table["id"].to_numpy()
+    if np.any(ids[1:] < ids[:-1]):
+        table = table.sort_by("id")
+    return table["id"].to_numpy(), _sets_of(table)
 
 
 _SHINGLE_SCHEMA = pa.schema([("id", pa.int64()), ("shingles", pa.large_list(pa.uint64()))])
 
 
 def _shingle_table(texts: pa.Table, ngram: int, min_tokens: int) -> pa.Table:
-    sets = [minhash.shingles(text, ngram, min_tokens) for text in texts["text"].to_pylist()]
-    kept = [index for index, one in enumerate(sets) if len(one)]
-    identifiers = texts["id"].take(pa.array(kept, pa.int64()))
-    return pa.table({"id": identifiers, "shingles": [sets[i] for i in kept]}, schema=_SHINGLE_SCHEMA)
+    found: list[minhash.Hashes] = []
+    for batch in texts.select(["text"]).to_batches(max_chunksize=ROWS_AT_ONCE):
+        found.extend(minhash.shingles(text, ngram, min_tokens) for text in batch["text"].to_pylist())
+    kept = np.flatnonzero([len(one) > 0 for one in found])
+    return _set_table(texts["id"].take(pa.array(kept)), ShingleSets.of([found[i] for i in kept]))
+
+
+ROWS_AT_ONCE = 4096
+"""Texts that become Python strings at a time."""
+
+
+def _set_table(identifiers: Any, sets: ShingleSets) -> pa.Table:
+    lists = pa.LargeListArray.from_arrays(sets.offsets, sets.values)
+    return pa.table({"id": identifiers, "shingles": lists}).cast(_SHINGLE_SCHEMA)
+
+
+def _sets_of(table: pa.Table) -> ShingleSets:
+    """The inverse of `_set_table`."""
+    chunks: list[Any] = table["shingles"].chunks
+    lists: Any = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks or [_NO_SETS])
+    offsets = np.cumsum(np.r_[0, np.asarray(lists.value_lengths())], dtype=np.int64)
+    return ShingleSets(np.asarray(lists.flatten()), offsets)
+
+
+_NO_SETS = pa.array([], _SHINGLE_SCHEMA.field("shingles").type)
 
 
 def _identical(ids: minhash.Ids, sets: ShingleSets) -> tuple[dict[int, int], minhash.Ids]:
@@ -210,7 +232,7 @@ def _identical(ids: minhash.Ids, sets: ShingleSets) -> tuple[dict[int, int], min
 
 
 def _candidates(distinct: minhash.Ids, sets: ShingleSets, settings: NearSettings, blocks: int | None) -> minhash.Ids:
-    rows = _shingle_rows(distinct, sets)
+    rows = _set_table(distinct, sets.take(distinct))
     if blocks is None:
         return _pairs_of(_pairs_in_partition(_bands(rows, settings, 1)))
     banded = _dataset(rows, blocks).map_batches(partial(_bands, settings=settings, partitions=blocks), **_BLOCKWISE)
@@ -220,13 +242,9 @@ def _candidates(distinct: minhash.Ids, sets: ShingleSets, settings: NearSettings
 _PAIR_SCHEMA = pa.schema([("better", pa.int64()), ("worse", pa.int64())])
 
 
-def _shingle_rows(indices: minhash.Ids, sets: ShingleSets) -> pa.Table:
-    return pa.table({"id": indices, "shingles": [sets[int(i)] for i in indices]}, schema=_SHINGLE_SCHEMA)
-
-
 def _bands(rows: pa.Table, settings: NearSettings, partitions: int) -> pa.Table:
-    sets = ShingleSets.of([np.asarray(one, np.uint64) for one in rows["shingles"].to_pylist()])
-    keys = minhash.band_hashes(minhash.signatures(sets, settings.num_perm), settings.bands, settings.rows).ravel()
+    signed = minhash.signatures(_sets_of(rows), settings.num_perm)
+    keys = minhash.band_hashes(signed, settings.bands, settings.rows).ravel()
     return pa.table(
         {
             "partition": (keys % np.uint64(partitions)).astype(np.int32),

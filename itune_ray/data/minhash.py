@@ -39,9 +39,14 @@ def shingles(text: str, ngram: int = 3, min_tokens: int = 5) -> Hashes:
     if len(words) < min_tokens:
         return np.empty(0, np.uint64)
     n = min(ngram, 2) if len(words) < SHORT_TEXT_TOKENS else ngram
-    grams = {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
-    digests = b"".join(hashlib.sha1(gram.encode(), usedforsecurity=False).digest()[:8] for gram in grams)
-    return np.sort(np.frombuffer(digests, "<u8"))
+    n = min(n, len(words))
+    encoded = " ".join(words).encode().split(b" ")
+    grams = set(map(b" ".join, zip(*(encoded[i:] for i in range(n)), strict=False)))
+    digests = b"".join([hashed.digest() for hashed in map(_sha1, grams)])
+    return np.sort(np.frombuffer(digests, np.dtype({"names": ["head"], "formats": ["<u8"], "itemsize": 20}))["head"])
+
+
+_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,15 @@ class ShingleSets:
 
     def __getitem__(self, index: int) -> Hashes:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, indices: Ids) -> "ShingleSets":
+        """The sets at ascending indices; no copy where that is all of them."""
+        if len(indices) == len(self):
+            return self
+        chosen = np.zeros(len(self), np.bool_)
+        chosen[indices] = True
+        sizes = np.diff(self.offsets)
+        return ShingleSets(self.values[np.repeat(chosen, sizes)], np.cumsum(np.r_[0, sizes[indices]], dtype=np.int64))
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
@@ -91,14 +105,40 @@ def signatures(sets: ShingleSets, num_perm: int = 128) -> NDArray[np.uint32]:
     H is the low half of the shingle's hash. As in datasketch, a_i·H(x) wraps at 2⁶⁴, so signatures equal its "legacy"
     scheme bit for bit. No set may be empty.
     """
-    a, b = permutations(num_perm)
-    base_S = sets.values & MAX_HASH
     signature_NP = np.empty((len(sets), num_perm), np.uint32)
-    starts = sets.offsets[:-1]
-    for i in range(num_perm if len(sets) else 0):
-        hashed_S = ((a[i] * base_S + b[i]) % MERSENNE_PRIME) & MAX_HASH
-        signature_NP[:, i] = np.minimum.reduceat(hashed_S, starts)
+    first = 0
+    while first < len(sets):
+        last = max(first + 1, int(np.searchsorted(sets.offsets, sets.offsets[first] + CHUNK, "right")) - 1)
+        signature_NP[first:last] = _signatures_of(sets, first, last, num_perm)
+        first = last
     return signature_NP
+
+
+CHUNK = 2**14
+"""Shingles hashed at once: what they take must stay in a processor's cache."""
+
+
+def _signatures_of(sets: ShingleSets, first: int, last: int, num_perm: int) -> NDArray[np.uint32]:
+    """Signatures of the sets from `first` to before `last`.
+
+    With p = 2⁶¹ − 1, x mod p is (x & p) + (x >> 61), less p where that reaches p.
+    """
+    a, b = permutations(num_perm)
+    start, end = sets.offsets[first], sets.offsets[last]
+    base_S = sets.values[start:end] & MAX_HASH
+    starts = sets.offsets[first:last] - start
+    hashed_S, high_S = np.empty_like(base_S), np.empty_like(base_S)
+    signature_PN = np.empty((num_perm, last - first), np.uint32)
+    for i in range(num_perm):
+        np.multiply(base_S, a[i], out=hashed_S)
+        np.add(hashed_S, b[i], out=hashed_S)
+        np.right_shift(hashed_S, np.uint64(61), out=high_S)
+        np.bitwise_and(hashed_S, MERSENNE_PRIME, out=hashed_S)
+        np.add(hashed_S, high_S, out=hashed_S)
+        if hashed_S.max() >= MERSENNE_PRIME:
+            hashed_S[hashed_S >= MERSENNE_PRIME] -= MERSENNE_PRIME
+        np.minimum.reduceat(hashed_S.astype(np.uint32), starts, out=signature_PN[i])
+    return signature_PN.T
 
 
 def band_hashes(signature_NP: NDArray[np.uint32], bands: int, rows: int) -> Hashes:
@@ -151,6 +191,8 @@ def candidate_pairs(keys: Hashes, ids: Ids) -> Ids:
 
     Depends on the set of (key, id) alone. A bucket of more than `CROWD` texts pairs each with its `CROWD` best only.
     """
+    shared = _repeated(keys)
+    keys, ids = keys[shared], ids[shared]
     order = np.lexsort((ids, keys))
     keys, ids = keys[order], ids[order]
     bounds = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1], True]) if len(keys) else np.zeros(1, np.int64)
@@ -159,6 +201,17 @@ def candidate_pairs(keys: Hashes, ids: Ids) -> Ids:
         if end - start > 1:
             found.append(_pairs_in(np.unique(ids[start:end])))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def _repeated(keys: Hashes) -> NDArray[np.bool_]:
+    """Which keys occur more than once: few, so that only those need the slower sort by id."""
+    ordered = np.sort(keys)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return np.zeros(len(keys), np.bool_)
+    at = np.searchsorted(repeated, keys)
+    at[at == len(repeated)] = 0
+    return repeated[at] == keys
 
 
 def _pairs_in(members: Ids) -> Ids:

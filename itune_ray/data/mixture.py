@@ -103,7 +103,7 @@ def mixture_weights(sizes: Sequence[float], rates: Sequence[float]) -> list[floa
 # --- the union -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A row of the union."""
 
@@ -142,7 +142,7 @@ def unite(parts: Sequence[MixturePart], tables: Sequence[SourceTable]) -> Mixtur
     """
     _check_names([table.name for table in tables])
     rows = [
-        (replace(record, weight=record.weight * part.weight), index)
+        (record if part.weight == 1 else replace(record, weight=record.weight * part.weight), index)
         for index, (part, table) in enumerate(zip(parts, tables, strict=True))
         for record in table.records
     ]
@@ -160,6 +160,8 @@ def collisions(records: Sequence[Record], part_of: Sequence[int], priorities: Se
 
     Of the parts that share a content, the one whose best row comes first by (priority descending, key) wins.
     """
+    if len(set(part_of)) < 2:
+        return {}
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         groups[record.content_hash].append(index)

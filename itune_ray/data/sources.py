@@ -114,16 +114,20 @@ def read_custom(source: CustomSource) -> SourceTable:
 
 
 def _table(rows: Iterator[RawRow], layout: str, name: str, source: FileSource | HubSource) -> SourceTable:
-    taken = list(rows)
+    seen: list[RawRow] = []
     if layout == "auto":
-        columns = next((row.fields for row in taken if row.fields is not None), None)
+        for row in rows:
+            seen.append(row)
+            if row.fields is not None:
+                break
+        columns = next((row.fields for row in seen if row.fields is not None), None)
         try:
             layout = "records" if columns is None else detect(columns)
         except DataError as error:
             raise DataError(
                 f"{source.path}: {error.what}", got=error.got, allowed=error.allowed, knob=error.knob
             ) from None
-    records, quarantined = parse(taken, name, layout, source.max_row_bytes)  # type: ignore[arg-type]
+    records, quarantined = parse(itertools.chain(seen, rows), name, layout, source.max_row_bytes)  # type: ignore[arg-type]
     return SourceTable(name, records, quarantined, layout)
 
 
