@@ -3,7 +3,7 @@
 import itertools
 
 from itune_ray.benchmarks import GRADERS
-from itune_ray.generate.recipes.preference import load_grader
+from itune_ray.generate.recipes.scored import load_grader
 from itune_ray.playground.preferences import labelled, pairs, ranked
 
 
