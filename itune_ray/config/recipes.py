@@ -225,6 +225,20 @@ class EvolInstructConfig(RecipeBase):
 JUDGING = SamplingConfig(temperature=0.0, max_tokens=2048)
 
 
+class MagpieConfig(RecipeBase):
+    """Instructions that a tuned model writes where its template lets a user speak, then their answers (Xu et al. 2024,
+    arXiv 2406.08464). Of an input only a system message counts, which steers; `sampling` is that of the
+    instructions."""
+
+    type: Literal["magpie"] = "magpie"
+    samples: Positive = 1
+    """Instructions per input."""
+    min_words: Positive = 3
+    max_words: Positive = 300
+    answer: SamplingConfig = ANSWERS
+    """How the answers are sampled."""
+
+
 class BacktranslationConfig(RecipeBase):
     """The instruction that a text answers, the pair kept where it is good (Li et al. 2023, arXiv 2308.06259).
     Inputs are texts, or rows with an answer; `sampling` is that of the instruction."""
@@ -699,6 +713,7 @@ RecipeConfig = Annotated[
     | TeacherTopkConfig
     | EvolInstructConfig
     | CompareConfig
+    | MagpieConfig
     | BacktranslationConfig
     | GroundedConfig
     | MultiDocumentConfig

@@ -61,6 +61,10 @@ class ControlTokens(UnusableRow):
     reason = "control_tokens"
 
 
+_WORDS = "\ue000"
+"""Stands for a user's words: a character that no text uses."""
+
+
 class Rendered(NamedTuple):
     """Token ids of one document and, per token, whether it is a training target."""
 
@@ -121,6 +125,15 @@ class ChatRenderer:
         """The rendered string behind `prompt_ids`; raises `ControlTokens` for a chat that holds some."""
         self._check_content(messages)
         return self._render(messages, generation_prompt=True)
+
+    def user_opening_ids(self, messages: Sequence[Message] = ()) -> list[int]:
+        """Ids of the chat followed by what the template writes before a user's words: a model that goes on from there
+        writes the user's turn. Raises `TemplateRefused` for a template that leaves the words out."""
+        self._check_content(messages)
+        head, found, _ = self._render([*messages, {"role": "user", "content": _WORDS}]).partition(_WORDS)
+        if not found:
+            raise TemplateRefused("the chat template leaves a user's words out")
+        return self._encode(head)
 
     def record_ids(self, record: Record, supervise: Supervise = "assistant") -> Rendered:
         """Training ids of a row, chat or text; raises `UnusableRow` with the reason of its quarantine."""

@@ -15,6 +15,7 @@ RECIPES = {
     "alpaca": "itune_ray.generate.recipes.alpaca:Alpaca",
     "self_instruct_instances": "itune_ray.generate.recipes.self_instruct_instances:SelfInstructInstances",
     "compare": "itune_ray.generate.recipes.compare:Compare",
+    "magpie": "itune_ray.generate.recipes.magpie:Magpie",
     "backtranslation": "itune_ray.generate.recipes.backtranslation:Backtranslation",
     "grounded": "itune_ray.generate.recipes.grounded:Grounded",
     "multi_document": "itune_ray.generate.recipes.multi_document:MultiDocument",
