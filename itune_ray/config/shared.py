@@ -336,7 +336,7 @@ class Budget(Schema):
     kept, and with a larger cap the same command goes on."""
 
     tokens: Positive | None = None
-    """Prompt, generated and trained tokens; of judges only those generated in curation, of a sweep's scoring none."""
+    """Prompt, generated and trained tokens; those of judges inside recipes and of a sweep's scoring are left out."""
     cost: Annotated[float, Field(gt=0)] | None = None
     """Money, by `run.prices`; every living node of the cluster counts."""
 

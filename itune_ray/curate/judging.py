@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from itune_ray.curate.filters.base import MAX_ATTEMPTS, ModelFilter
 from itune_ray.data.ledger import Committer, Ledger, Outcome
@@ -19,6 +20,13 @@ def unrated(records: Sequence[Record], ledger: Ledger) -> dict[str, Record]:
     return {r.content_hash: r for r in reversed(records) if r.content_hash not in settled}
 
 
+class Spent(NamedTuple):
+    """Tokens of one attempt."""
+
+    prompt: int = 0
+    generated: int = 0
+
+
 def rate_all(
     records: Sequence[Record],
     filter: ModelFilter,
@@ -26,14 +34,14 @@ def rate_all(
     ledger: Ledger,
     in_flight: int,
     on_progress: OnProgress = lambda done, tokens: None,
-) -> int:
-    """Rate every content that is not rated; failures that may mend are asked again. Returns the tokens generated.
+) -> Spent:
+    """Rate every content that is not rated; failures that may mend are asked again. Returns the tokens it took.
 
     Args:
         llm_of: The model; called once per pass, only when something is to be asked.
         in_flight: Questions under way at once.
     """
-    tokens = 0
+    spent = Spent()
     total = len({record.content_hash for record in records})
     while pending := unrated(records, ledger):
         attempts = ledger.attempts()
@@ -42,15 +50,16 @@ def rate_all(
         with Committer(ledger, commit.rows, commit.seconds) as committer:
 
             def settle(outcome: Outcome, committer: Committer = committer) -> None:
-                nonlocal tokens, done
+                nonlocal spent, done
                 committer.add([outcome])
-                tokens, done = tokens + (outcome.record.num_tokens or 0), done + 1
-                metrics.count("itune_tokens_total", outcome.record.num_prompt_tokens or 0, kind="prompt")
-                metrics.count("itune_tokens_total", outcome.record.num_tokens or 0, kind="generated")
-                on_progress(done, tokens)
+                prompt, generated = outcome.record.num_prompt_tokens or 0, outcome.record.num_tokens or 0
+                spent, done = Spent(spent.prompt + prompt, spent.generated + generated), done + 1
+                metrics.count("itune_tokens_total", prompt, kind="prompt")
+                metrics.count("itune_tokens_total", generated, kind="generated")
+                on_progress(done, spent.generated)
 
             asyncio.run(_ask(iter(pending.items()), filter, llm_of(), attempts, in_flight, settle))
-    return tokens
+    return spent
 
 
 async def _ask(

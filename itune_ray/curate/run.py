@@ -61,7 +61,8 @@ class Run:
     progress: Progress
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     steps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    model_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest says beside the counts."""
@@ -69,8 +70,8 @@ class Run:
         q_manual = [step.pop("q_manual") for step in self.steps if "q_manual" in step]
         if q_manual:
             facts["q_manual"] = q_manual[0] if len(q_manual) == 1 else q_manual
-        if self.model_tokens:
-            facts["tokens"] = {"prompt": 0, "generated": self.model_tokens}
+        if self.generated_tokens:
+            facts["tokens"] = {"prompt": self.prompt_tokens, "generated": self.generated_tokens}
         return facts
 
 
@@ -298,9 +299,9 @@ def _ask(step: Step, filter: ModelFilter, state: Run) -> None:
     in_flight = served.pool.most * served.pool.max_outstanding
     contents = len({record.content_hash for record in asked})
     with state.progress.task(step.name, contents, "answers") as task:
-        state.model_tokens += rate_all(
-            asked, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens)
-        )
+        spent = rate_all(asked, filter, llm, ledger, in_flight, lambda done, tokens: task.update(done, tokens))
+    state.prompt_tokens += spent.prompt
+    state.generated_tokens += spent.generated
     known = ratings(ledger)
     _use_ratings(step, filter, rows, known, state)
     settled = filter.settle(_seen(step, rows, board))

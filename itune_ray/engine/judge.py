@@ -58,6 +58,8 @@ class Judgement:
     """Whether asking again may help."""
     num_tokens: int = 0
     """Tokens that the judge generated."""
+    num_prompt_tokens: int = 0
+    """Tokens that it read."""
 
 
 class Judge:
@@ -101,7 +103,10 @@ class Judge:
         sample = completion.samples[0]
         score = parse_score(sample.text, self._low, self._high)
         return Judgement(
-            score=math.nan if score is None else score, reply=sample.text, num_tokens=len(sample.token_ids)
+            score=math.nan if score is None else score,
+            reply=sample.text,
+            num_tokens=len(sample.token_ids),
+            num_prompt_tokens=len(completion.prompt_token_ids),
         )
 
     def messages(self, prompt: str, response: str, reference: str | None = None) -> tuple[dict[str, str], ...]:

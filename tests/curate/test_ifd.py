@@ -289,16 +289,18 @@ def test_a_changed_selection_scores_nothing_again(folder, tmp_path):
     ledger = Ledger(Folder.at(tmp_path))
     model = Scoring(folder, lambda ids, i: 1.0)
     rows = [ROW, tiny.chat("apple river", "stone cloud maple tiger", position=1)]
-    assert rate_all(rows, ifd(), lambda: cast(Llm, model), ledger, 2) == 2, "two sequences of one token each"
+    assert rate_all(rows, ifd(), lambda: cast(Llm, model), ledger, 2).generated == 2, "two sequences of one token each"
     model.scored.clear()
-    assert rate_all(rows, ifd(keep=0.1), lambda: cast(Llm, model), ledger, 2) == 0
+    assert rate_all(rows, ifd(keep=0.1), lambda: cast(Llm, model), ledger, 2) == (0, 0)
     assert not model.scored
     assert set(ratings(ledger)) == {ROW.content_hash}
 
 
 def test_the_stage_publishes_every_figure(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.cluster, "connect", lambda *_: None)
-    host: Any = SimpleNamespace(pool=lambda _: SimpleNamespace(client=SimpleNamespace(llm=lambda *_: model)))
+    host: Any = SimpleNamespace(
+        pool=lambda _: SimpleNamespace(client=SimpleNamespace(llm=lambda *_: model)), leave=lambda *_: None
+    )
     model = Scoring(folder, lambda ids, i: 0.5 if ids[i] in ids[:i] else 3.0)
     file = tmp_path / "in.jsonl"
     talks = [

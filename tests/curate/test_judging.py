@@ -14,7 +14,7 @@ from itune_ray.config.curate import CurateJob
 from itune_ray.curate.filters import load_filter
 from itune_ray.curate.filters.base import MAX_ATTEMPTS
 from itune_ray.curate.filters.judge import JudgeFilter, prompt_text
-from itune_ray.curate.judging import rate_all, ratings
+from itune_ray.curate.judging import Spent, rate_all, ratings
 from itune_ray.data.ledger import Ledger
 from itune_ray.data.records import Message, Record
 from itune_ray.data.storage import Folder
@@ -60,7 +60,7 @@ class ScriptedLlm:
         return Completion(id=key, samples=(Sample(text=said, token_ids=(1, 2), finish_reason="stop"),))
 
 
-def rate(records: list[Record], made: JudgeFilter, llm: ScriptedLlm, folder: Any, in_flight: int = 4) -> int:
+def rate(records: list[Record], made: JudgeFilter, llm: ScriptedLlm, folder: Any, in_flight: int = 4) -> Spent:
     return rate_all(records, made, lambda: llm, Ledger(Folder.at(folder)), in_flight)
 
 
@@ -85,7 +85,7 @@ def test_scores_become_verdicts(tmp_path):
         (False, None, "dead", None),
         (True, None, None, 4.5),
     ]
-    assert tokens == 2 * 6
+    assert tokens.generated == 2 * 6
     assert llm.asked[records[6].content_hash] == MAX_ATTEMPTS
     assert llm.asked[records[4].content_hash] == 1, "what asking again cannot mend is asked once"
 
@@ -110,7 +110,7 @@ def test_a_killed_pass_is_resumed_without_asking_again(tmp_path):
     assert not set(second.asked) & set(durable)
     assert set(ratings(Ledger(Folder.at(tmp_path)))) == {record.content_hash for record in records}
     third = ScriptedLlm()
-    assert rate(records, made, third, tmp_path) == 0
+    assert rate(records, made, third, tmp_path) == Spent()
     assert not third.asked
 
 

@@ -532,7 +532,9 @@ def test_deita_takes_its_scores_from_judges(tmp_path, monkeypatch):
             said = hard if complexity else "no idea" if "eight" in asked else "2"
             return Completion(id=key, samples=(Sample(text=said, token_ids=(1,), finish_reason="stop"),))
 
-    host: Any = SimpleNamespace(pool=lambda _: SimpleNamespace(client=SimpleNamespace(llm=lambda *_: Rater())))
+    host: Any = SimpleNamespace(
+        pool=lambda _: SimpleNamespace(client=SimpleNamespace(llm=lambda *_: Rater())), leave=lambda *_: None
+    )
     judge = {"type": "judge", "judge": {"model": {"path": "m"}}, "scale": [1, 6], "threshold": 1, "planted": 0}
     filters = [
         {**judge, "template": "complexity", "dimension": "complexity"},

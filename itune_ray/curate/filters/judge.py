@@ -48,7 +48,7 @@ class JudgeFilter(ModelFilter):
         judged = await self._judge.score(llm, prompt_text(record), record.response or "", key)
         if judged.error is not None:
             return unanswered(record, judged.error, judged.retryable, attempt)
-        rated = blank(record, judged.num_tokens)
+        rated = blank(record, judged.num_tokens, judged.num_prompt_tokens)
         if math.isnan(judged.score):
             return Outcome(record=rated, input_key=key, status="rejected", reason="no_score", raw=judged.reply)
         return Outcome(record=rated, input_key=key, status="accepted", score=judged.score, raw=judged.reply)
