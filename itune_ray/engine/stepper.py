@@ -6,6 +6,7 @@ thread blocks on an event and takes no CPU.
 
 import asyncio
 import itertools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from itune_ray.engine.base import EngineDiedError
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
+
+SWITCH_S = 0.0005
+"""The stepping thread lets go of the interpreter at every kernel, and waits for so long to have it back."""
 
 _Waiting = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
@@ -37,6 +41,7 @@ class Stepper:
         self._closed = False
         self._died: str | None = None
         self.steps = 0
+        sys.setswitchinterval(SWITCH_S)
         self._thread = threading.Thread(target=self._run, daemon=True, name="vllm-step")
         self._thread.start()
 
