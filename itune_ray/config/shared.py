@@ -12,8 +12,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-Format = Literal[
-    "auto",
+Layout = Literal[
     "records",
     "alpaca",
     "messages",
@@ -29,6 +28,8 @@ Format = Literal[
     "fields",
 ]
 """Row layouts, see `itune_ray.data.formats`."""
+Format = Literal["auto", Layout]
+"""A layout, or to decide by the columns."""
 
 
 # --- sources -------------------------------------------------------------------------------------------------------

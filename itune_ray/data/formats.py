@@ -25,8 +25,9 @@ has, they are prompts.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
+from itune_ray.config.shared import Layout
 from itune_ray.data.files import RawRow
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.nested import EXPANDERS, MalformedError, trees
@@ -34,21 +35,6 @@ from itune_ray.data.records import Message, Record
 from itune_ray.data.transcripts import transcript_turns
 from itune_ray.errors import DataError
 
-Layout = Literal[
-    "records",
-    "alpaca",
-    "messages",
-    "sharegpt",
-    "preference",
-    "qa",
-    "oasst",
-    "oasst_best",
-    "superni",
-    "prompt",
-    "text",
-    "documents",
-    "fields",
-]
 Turn = tuple[Any, Any]
 """(role, content) before either was checked."""
 
