@@ -1,5 +1,6 @@
 """The bench job's prompts through `ray.data.llm` with the same engine arguments and environment, start included; then
-through `itune generate`, start included too.
+through `itune generate`, start included too. Theirs is given token ids, so that both engines see the same prompts;
+ours renders and tokenises as always.
 
 `python jobs/bench/ray_data_llm.py [jobs/bench/generate.yaml] [a.b=c ...]`. Each side is a process of its own; the last
 line is one JSON object, whose `ratio` is our tokens per second over theirs.
@@ -20,7 +21,9 @@ from itune_ray.config.shared import VllmEngineConfig
 from itune_ray.data.hub import resolve
 from itune_ray.data.records import row_seed
 from itune_ray.data.sources import read_source
-from itune_ray.engine.vllm import CPU_ENVIRONMENT, ENVIRONMENT, engine_args
+from itune_ray.engine.base import Request, Sampling
+from itune_ray.engine.prompts import PromptEncoder
+from itune_ray.engine.vllm import CPU_ENVIRONMENT, ENVIRONMENT, engine_args, load_tokenizer
 
 SEED_STAGE = "generate"
 
@@ -43,7 +46,8 @@ def theirs(job: BenchJob, out: str) -> int:
     config = vLLMEngineProcessorConfig(
         model_source=folder,
         engine_kwargs=args,
-        chat_template_stage={"enabled": True, "chat_template": model.chat_template},
+        chat_template_stage=False,
+        tokenize_stage=False,
         batch_size=256,
         concurrency=1,
         accelerator_type=None,
@@ -53,7 +57,7 @@ def theirs(job: BenchJob, out: str) -> int:
 
     def before(row: dict[str, Any]) -> dict[str, Any]:
         return {
-            "messages": [{"role": "user", "content": row["prompt"]}],
+            "tokenized_prompt": row["ids"],
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -66,7 +70,14 @@ def theirs(job: BenchJob, out: str) -> int:
         return {"text": row["generated_text"], "tokens": row["num_generated_tokens"]}
 
     records = [record for source in stage.prompts for record in read_source(source).records]
-    rows = [{"prompt": r.prompt[-1]["content"], "seed": row_seed(job.seed, SEED_STAGE, r.key)} for r in records]
+    encoder = PromptEncoder(load_tokenizer(folder, model), model.chat_template, engine.max_model_len or 2**30)
+    rows = [
+        {
+            "ids": encoder.encode(Request(id="", sampling=Sampling(), messages=record.prompt)),
+            "seed": row_seed(job.seed, SEED_STAGE, record.key),
+        }
+        for record in records
+    ]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 256))
     build_processor(config, preprocess=before, postprocess=after)(dataset).write_parquet(out)
     return sum(pq.read_table(out)["tokens"].to_pylist())
