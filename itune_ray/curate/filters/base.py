@@ -16,7 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from itune_ray.config.base import digest
-from itune_ray.config.curate import HashedEmbedder, ModelEmbedder
+from itune_ray.config.curate import HashedEmbedder
+from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.config.generate import CommitConfig
 from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.dedup import Duplicates, TextKey, near_text

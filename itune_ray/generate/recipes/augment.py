@@ -6,7 +6,8 @@ Only the last user turn changes; the answer stays, except for another task, whic
 import random
 from typing import Any
 
-from itune_ray.config.recipes import AugmentConfig, BackTranslationAugment, GenerativeAugment, TokenAugment
+from itune_ray.config.recipes import AugmentConfig
+from itune_ray.config.recipes.transforms import BackTranslationAugment, GenerativeAugment, TokenAugment
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling

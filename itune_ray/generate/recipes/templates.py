@@ -8,7 +8,8 @@ from typing import Any
 
 import jinja2
 
-from itune_ray.config.recipes import TemplatesConfig, TemplateTask
+from itune_ray.config.recipes import TemplatesConfig
+from itune_ray.config.recipes.transforms import TemplateTask
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
