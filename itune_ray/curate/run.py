@@ -179,6 +179,8 @@ def _note(board: Board, verdict: dict[str, Any], name: str) -> None:
     board.score(name, row, score)
     if verdict["meta"] is not None:
         board.annotate(row, json.loads(verdict["meta"]))
+    if verdict["texts"] is not None:
+        board.rewrite(row, json.loads(verdict["texts"]))
     if verdict["failure"] is not None:
         board.fail(row, f"{name}: {verdict['failure']}", name)
     elif not verdict["keep"]:

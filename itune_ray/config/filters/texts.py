@@ -72,10 +72,12 @@ class HygieneConfig(FilterConfig):
 
 
 class PiiConfig(FilterConfig):
-    """Drop rows with personal data or credentials, each kind a reason of its own (methods D29)."""
+    """Drop rows with personal data or credentials, each kind a reason of its own, or mask it (methods D29)."""
 
     type: Literal["pii"] = "pii"
     kinds: Annotated[tuple[PiiKind, ...], Field(min_length=1)] = get_args(PiiKind)
+    action: Literal["drop", "mask"] = "drop"
+    """mask: the row stays, with `[EMAIL]` and the like in place of what was found."""
     allow: tuple[str, ...] = ()
     """Texts that make a find harmless, e.g. a public address `support@mycompany.com` or a domain."""
 

@@ -46,6 +46,9 @@ class Verdict:
     """Key of the row that this one repeats, e.g. of a benchmark; published as `duplicate_of`."""
     meta: Mapping[str, Any] | None = None
     """Facts to add to the row's `meta`, JSON values: later filters and the published tables have them."""
+    changed: Record | None = None
+    """The row with other texts (messages, rejected, text), where the filter rewrites it; its other fields count for
+    nothing."""
 
 
 KEEP = Verdict(True)
