@@ -31,6 +31,7 @@ from itune_ray.curate.mixing import check_mixing
 from itune_ray.curate.publish import publish
 from itune_ray.curate.references import read_reference
 from itune_ray.curate.steps import Step, check_steps, make_steps, passes
+from itune_ray.curate.vectors import VectorStore
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
@@ -270,8 +271,12 @@ def _choose(step: Step, filter: SetFilter, state: Run) -> None:
 def _embed(embedder: AnyEmbedder, texts: Sequence[str], state: Run) -> Vectors:
     if isinstance(embedder, HashedEmbedder):
         return hashed_vectors(texts, embedder)
-    cluster.connect(state.job.run.ray, state.progress.say)
-    return model_vectors(texts, state.engines.pool(embedder.served).client, embedder)
+
+    def asked(missing: Sequence[str]) -> Vectors:
+        cluster.connect(state.job.run.ray, state.progress.say)
+        return model_vectors(missing, state.engines.pool(embedder.served).client, embedder)
+
+    return VectorStore(state.runs.folder, embedder).vectors(texts, asked)
 
 
 # --- models --------------------------------------------------------------------------------------------------------
