@@ -169,7 +169,23 @@ class ManualMixing(Schema):
     """Name of each input -> its share; scaled to sum to 1."""
 
 
-Mixing = Annotated[EqualMixing | TemperatureMixing | CappedMixing | ManualMixing, Field(discriminator="type")]
+class ReplayMixing(Schema):
+    """Rehearsal: of each input that was trained on before, rows in proportion to what is new (CT0, methods D38)."""
+
+    type: Literal["replay"] = "replay"
+    old: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the inputs of earlier stages; the others are new, and all their rows stay."""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """ρ: each old input, or each of its tasks, gives max(1, ⌊ρN⌋) of its rows, N being the rows of the new inputs."""
+    by: Annotated[str, Field(pattern=r"^meta\.[\w.-]+$")] | None = None
+    """The meta field that names a row's task; default: an input is one task."""
+    memory: Positive | None = None
+    """Rows of a task that are ever drawn from: those of smallest hash, so that memories of shards can be merged."""
+
+
+Mixing = Annotated[
+    EqualMixing | TemperatureMixing | CappedMixing | ManualMixing | ReplayMixing, Field(discriminator="type")
+]
 
 
 class CurateWorkers(Holder):
