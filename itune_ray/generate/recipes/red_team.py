@@ -19,8 +19,9 @@ from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.judge import parse_score
 from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.templates import render
 from itune_ray.errors import ConfigError
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.respond import recorded
 
