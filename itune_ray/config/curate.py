@@ -6,7 +6,7 @@ from pydantic import Field
 
 from itune_ray.config.base import Schema
 from itune_ray.config.filters.base import Embedder, FilterConfig, HashedEmbedder, TextKey
-from itune_ray.config.filters.models import IfdConfig, JudgeConfig
+from itune_ray.config.filters.models import IfdConfig, JudgeConfig, TagsConfig, UncertaintyConfig
 from itune_ray.config.filters.sets import CurriculumConfig, DeitaConfig, DiverseConfig, SelectConfig
 from itune_ray.config.filters.texts import (
     FinishReasonConfig,
@@ -129,6 +129,8 @@ AnyFilter = Annotated[
     | GraderConfig
     | JudgeConfig
     | IfdConfig
+    | TagsConfig
+    | UncertaintyConfig
     | HumanRatingConfig
     | SemanticDedupConfig
     | SelectConfig

@@ -213,6 +213,8 @@ def _use_settled(step: Step, settled: Settled, reached: Sequence[int], board: Bo
             board.reprieve(row)
         elif key in settled.dropped:
             board.reject(row, settled.dropped[key], step.name)
+        if key in settled.meta:
+            board.annotate(row, settled.meta[key])
 
 
 # --- duplicates ----------------------------------------------------------------------------------------------------
@@ -329,6 +331,8 @@ def _use_ratings(
         for name, value in filter.measures(rating).items():
             board.measure(f"{step.name}_{name}", row, value)
         board.score(step.name, row, verdict.score)
+        if verdict.meta is not None:
+            board.annotate(row, verdict.meta)
         if verdict.failure is not None:
             board.fail(row, verdict.failure, step.name, rating.attempts)
         elif not verdict.keep:

@@ -73,6 +73,8 @@ class Settled:
     """Figures for the manifest, JSON values."""
     dropped: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key of each kept row that goes after all -> why."""
+    meta: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Key of a row -> facts to add to its `meta`, JSON values."""
 
 
 class Filter(ABC):  # noqa: B024  what is abstract depends on the kind
