@@ -10,6 +10,7 @@ from itune_ray.config.recipes.answers import (
     ReflectionConfig,
     ReflectiveLearningConfig,
     RespondConfig,
+    SelectiveReflectionConfig,
     TeacherTopkConfig,
 )
 from itune_ray.config.recipes.base import RecipeBase
@@ -66,6 +67,7 @@ RecipeConfig = Annotated[
     | PreferenceLabelConfig
     | DialogueConfig
     | ReflectionConfig
+    | SelectiveReflectionConfig
     | RedTeamConfig
     | TemplatesConfig
     | CustomRecipeConfig,

@@ -108,3 +108,20 @@ class ReflectionConfig(RecipeBase):
     """What is rewritten, in this order; with one pass alone the row is a version of selective reflection (D12)."""
     retry: SamplingConfig = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=2048)
     """How the second try is sampled: a greedy one would repeat the first."""
+
+
+class SelectiveReflectionConfig(RecipeBase):
+    """Of a row, its reflected instruction, answer or both, the version that the student takes by its own difficulty (Li
+    et al. 2024, methods D12). `teacher` reflects, `sampling` is that of its reviews; the paper's is greedy."""
+
+    type: Literal["selective_reflection"] = "selective_reflection"
+    student: ServedModel | None = None
+    """The model to be trained; its engine must give log-probabilities of prompts. Default: the teacher."""
+    mode: Literal["released", "full"] = "released"
+    """released: only versions with a better answer are taken, as in the published data. full: all four."""
+    retry: SamplingConfig = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=2048)
+    """How the second try of a review is sampled."""
+
+    def served(self) -> dict[str, ServedModel]:
+        """The student, where it is a model of its own."""
+        return {} if self.student is None else {"student": self.student}
