@@ -1,4 +1,4 @@
-"""`itune doctor`: what works on this machine, one line per check."""
+"""[Ray] `itune doctor`: what works on this machine, one line per check."""
 
 import importlib.metadata
 import sys

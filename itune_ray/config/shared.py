@@ -337,7 +337,7 @@ class Budget(Schema):
     kept, and with a larger cap the same command goes on."""
 
     tokens: Positive | None = None
-    """Prompt, generated and trained tokens; those of judges inside recipes and of a sweep's scoring are left out."""
+    """Tokens that engines read and wrote, whoever asked them, and trained tokens."""
     cost: Annotated[float, Field(gt=0)] | None = None
     """Money, by `run.prices`; every living node of the cluster counts."""
 

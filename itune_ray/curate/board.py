@@ -75,6 +75,11 @@ class Board:
         record = self._records[row]
         self._records[row] = replace(record, meta={**record.meta, **meta})
 
+    def rewrite(self, row: int, texts: Mapping[str, Any]) -> None:
+        """Give the row new texts: JSON values of `messages`, `rejected` and `text`."""
+        turns = tuple(texts["messages"])
+        self._records[row] = replace(self._records[row], **{**texts, "messages": turns})
+
     def reweigh(self, row: int, factor: float) -> None:
         """Multiply the row's weight."""
         record = self._records[row]

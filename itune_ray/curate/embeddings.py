@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from itune_ray.config.curate import HashedEmbedder, ModelEmbedder
+from itune_ray.config.curate import HashedEmbedder
+from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.errors import DataError, GenerationError, ITuneError
 
 Vectors = NDArray[np.float64]

@@ -29,7 +29,7 @@ def publish(
     Raises:
         DataError: Fewer than `min_rows` rows are kept; the tables are written all the same, to be looked at.
     """
-    planned = None if job.mixing is None else mix(job.mixing, board, job.max_repeats)
+    planned = None if job.mixing is None else mix(job.mixing, board, job.max_repeats, job.seed)
     table = board.outcomes()
     funnel = balanced(table, board.mixture)
     publish_table(table, artifact.folder, {"accepted": "kept"})

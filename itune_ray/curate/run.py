@@ -31,6 +31,7 @@ from itune_ray.curate.mixing import check_mixing
 from itune_ray.curate.publish import publish
 from itune_ray.curate.references import read_reference
 from itune_ray.curate.steps import Step, check_steps, make_steps, passes
+from itune_ray.curate.vectors import VectorStore
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import TEXT_SCHEMA, Duplicates, slices
@@ -179,6 +180,8 @@ def _note(board: Board, verdict: dict[str, Any], name: str) -> None:
     board.score(name, row, score)
     if verdict["meta"] is not None:
         board.annotate(row, json.loads(verdict["meta"]))
+    if verdict["texts"] is not None:
+        board.rewrite(row, json.loads(verdict["texts"]))
     if verdict["failure"] is not None:
         board.fail(row, f"{name}: {verdict['failure']}", name)
     elif not verdict["keep"]:
@@ -210,6 +213,8 @@ def _use_settled(step: Step, settled: Settled, reached: Sequence[int], board: Bo
             board.reprieve(row)
         elif key in settled.dropped:
             board.reject(row, settled.dropped[key], step.name)
+        if key in settled.meta:
+            board.annotate(row, settled.meta[key])
 
 
 # --- duplicates ----------------------------------------------------------------------------------------------------
@@ -268,8 +273,12 @@ def _choose(step: Step, filter: SetFilter, state: Run) -> None:
 def _embed(embedder: AnyEmbedder, texts: Sequence[str], state: Run) -> Vectors:
     if isinstance(embedder, HashedEmbedder):
         return hashed_vectors(texts, embedder)
-    cluster.connect(state.job.run.ray, state.progress.say)
-    return model_vectors(texts, state.engines.pool(embedder.served).client, embedder)
+
+    def asked(missing: Sequence[str]) -> Vectors:
+        cluster.connect(state.job.run.ray, state.progress.say)
+        return model_vectors(missing, state.engines.pool(embedder.served).client, embedder)
+
+    return VectorStore(state.runs.folder, embedder).vectors(texts, asked)
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -322,6 +331,8 @@ def _use_ratings(
         for name, value in filter.measures(rating).items():
             board.measure(f"{step.name}_{name}", row, value)
         board.score(step.name, row, verdict.score)
+        if verdict.meta is not None:
+            board.annotate(row, verdict.meta)
         if verdict.failure is not None:
             board.fail(row, verdict.failure, step.name, rating.attempts)
         elif not verdict.keep:

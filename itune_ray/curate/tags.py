@@ -7,6 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from itune_ray.config.filters.base import HashedEmbedder
+from itune_ray.curate.embeddings import hashed_vectors
+
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
@@ -52,6 +57,29 @@ def tag_sets(
     sets = [frozenset(stands_for.get(tag, tag) for tag in row) for row in normal]
     counts = Counter(tag for row in sets for tag in row)
     return [frozenset(tag for tag in row if counts[tag] >= min_count) for row in sets]
+
+
+def merged_tags(counts: Mapping[str, int], threshold: float) -> dict[str, str]:
+    """Tag -> the tag that stands for it, of those that do not stand for themselves.
+
+    Tags are walked from the most frequent; each is merged into the first before it that stands for itself and whose bag
+    of words is near it: `review code` into `code review`. Of equal counts the smaller tag comes first.
+
+    Args:
+        counts: Normalised tags, and the rows that have them.
+        threshold: Least cosine.
+    """
+    ranked = sorted(counts, key=lambda tag: (-counts[tag], tag))
+    vectors = hashed_vectors(ranked, HashedEmbedder(ngram=1))
+    kept: list[int] = []
+    merged: dict[str, str] = {}
+    for place, tag in enumerate(ranked):
+        near = np.flatnonzero(vectors[kept] @ vectors[place] >= threshold - 1e-12)
+        if len(near):
+            merged[tag] = ranked[kept[int(near[0])]]
+        else:
+            kept.append(place)
+    return merged
 
 
 def complexity_first(tags: Sequence[frozenset[str]], limit: int) -> list[int]:

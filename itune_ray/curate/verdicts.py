@@ -23,10 +23,13 @@ VERDICT_SCHEMA = pa.schema(
         ("failure", pa.string()),
         ("of", pa.string()),
         ("meta", pa.string()),
+        ("texts", pa.string()),
     ]
 )
 """The verdict of one link of the chain on one row; a row has one per link it reached, skipped links aside. `meta` is
-JSON."""
+JSON, and so is `texts`, new values of `TEXTS`."""
+TEXTS = ("messages", "rejected", "text")
+"""Fields that a filter may rewrite."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
                 found.append((fields["row"], index, *_columns(verdict)))
             if not verdict.keep:
                 break
-            if verdict.meta:
-                record = replace(record, meta={**record.meta, **verdict.meta})
+            record = _after(record, verdict)
     columns = list(zip(*found, strict=True)) or [()] * len(VERDICT_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, VERDICT_SCHEMA, strict=True)]
     return pa.table(arrays, schema=VERDICT_SCHEMA)
@@ -67,8 +69,17 @@ def judge_block(block: pa.Table, chain: Sequence[Link]) -> pa.Table:
 
 def _columns(verdict: Verdict) -> tuple[Any, ...]:
     meta = json.dumps(dict(verdict.meta), ensure_ascii=False) if verdict.meta else None
-    return verdict.keep, verdict.reason, verdict.score, verdict.failure, verdict.of, meta
+    changed = verdict.changed
+    texts = None if changed is None else json.dumps({n: getattr(changed, n) for n in TEXTS}, ensure_ascii=False)
+    return verdict.keep, verdict.reason, verdict.score, verdict.failure, verdict.of, meta, texts
+
+
+def _after(record: Record, verdict: Verdict) -> Record:
+    """The row as the next filter sees it."""
+    if verdict.changed is not None:
+        record = replace(record, **{name: getattr(verdict.changed, name) for name in TEXTS})
+    return replace(record, meta={**record.meta, **verdict.meta}) if verdict.meta else record
 
 
 def _says_something(verdict: Verdict) -> bool:
-    return not verdict.keep or bool(verdict.meta) or not math.isnan(verdict.score)
+    return not verdict.keep or bool(verdict.meta) or verdict.changed is not None or not math.isnan(verdict.score)

@@ -15,7 +15,7 @@ from typing import TypedDict
 from itune_ray.config.shared import MixturePart
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record, row_rng
-from itune_ray.data.sources import SourceTable
+from itune_ray.data.sources import SourceTable, told_apart
 from itune_ray.errors import DataError
 
 
@@ -134,19 +134,19 @@ class Mixture:
 def unite(parts: Sequence[MixturePart], tables: Sequence[SourceTable]) -> Mixture:
     """The union of what was read for each part.
 
-    A row's weight becomes its part's weight times the weight it had. Rows made from others keep their keys, so a stage
-    united with the one before it holds keys twice: each such row's source becomes `NAME/SOURCE`, with its part's name.
+    A row's weight becomes its part's weight times the weight it had. Rows that share a key are told apart, see
+    `itune_ray.data.sources.told_apart`.
 
     Raises:
         DataError: Two parts share a name, or still a row key.
     """
     _check_names([table.name for table in tables])
+    tables = told_apart(tables)
     rows = [
         (record if part.weight == 1 else replace(record, weight=record.weight * part.weight), index)
         for index, (part, table) in enumerate(zip(parts, tables, strict=True))
         for record in table.records
     ]
-    rows = _told_apart(rows, [table.name for table in tables])
     rows.sort(key=lambda row: row[0].key)
     quarantined = tuple((index, outcome) for index, table in enumerate(tables) for outcome in table.quarantined)
     _check_keys([(r.key, i) for r, i in rows] + [(o.input_key, i) for i, o in quarantined], tables)
@@ -228,17 +228,6 @@ def _check_names(names: Sequence[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError("two inputs have the same name", got=twice[0], knob="inputs.N.source.name")
-
-
-def _told_apart(rows: Sequence[tuple[Record, int]], names: Sequence[str]) -> list[tuple[Record, int]]:
-    """Rows whose key several parts hold, all of them with the name of their part before their source."""
-    parts_of: defaultdict[str, set[int]] = defaultdict(set)
-    for record, part in rows:
-        parts_of[record.key].add(part)
-    return [
-        (replace(record, source=f"{names[part]}/{record.source}") if len(parts_of[record.key]) > 1 else record, part)
-        for record, part in rows
-    ]
 
 
 def _check_keys(keyed: Iterable[tuple[str, int]], tables: Sequence[SourceTable]) -> None:

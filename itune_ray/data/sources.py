@@ -9,8 +9,8 @@ import importlib
 import inspect
 import itertools
 import posixpath
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,32 @@ def read_source(source: Source) -> SourceTable:
             f"source {table.name} yields two rows of the same key", got=twice[0], allowed="one per (position, sample)"
         )
     return table
+
+
+def told_apart(tables: Sequence[SourceTable]) -> list[SourceTable]:
+    """The tables, no two of which share a row key unless they share a name.
+
+    Payloads of artifacts keep their keys, so a stage read beside the one before it holds keys twice. The source of each
+    such row becomes `NAME/SOURCE`, with its table's name; `meta.renamed_from` is the source that it had.
+    """
+    holders: defaultdict[str, set[int]] = defaultdict(set)
+    for number, table in enumerate(tables):
+        for record in (*table.records, *(outcome.record for outcome in table.quarantined)):
+            holders[record.key].add(number)
+    shared = {key for key, numbers in holders.items() if len(numbers) > 1}
+    return [_renamed(table, shared) for table in tables] if shared else list(tables)
+
+
+def _renamed(table: SourceTable, shared: Collection[str]) -> SourceTable:
+    def new(record: Record) -> Record:
+        if record.key not in shared:
+            return record
+        meta = {**record.meta, "renamed_from": record.source}
+        return replace(record, source=f"{table.name}/{record.source}", meta=meta)
+
+    records = [new(record) for record in table.records]
+    unusable = [replace(o, record=r, input_key=r.key) for o in table.quarantined for r in (new(o.record),)]
+    return replace(table, records=records, quarantined=unusable)
 
 
 def read_file(source: FileSource) -> SourceTable:

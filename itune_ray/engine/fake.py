@@ -26,6 +26,7 @@ class FakeEngine:
     ):
         self._config = config or FakeEngineConfig()
         self._failed_once: set[str] = set()
+        self._embedded = 0
         self.name = f"{model.path if model else 'fake'}@fake"
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -35,7 +36,13 @@ class FakeEngine:
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Eight hashed numbers per text; all of them together take the configured latency."""
         await asyncio.sleep(self._config.latency_s)
+        self._embedded += sum(len(text.split()) for text in texts)
         return [[_draw(text, dimension) for dimension in range(8)] for text in texts]
+
+    def take_embedded(self) -> int:
+        """Words embedded since this was asked last."""
+        taken, self._embedded = self._embedded, 0
+        return taken
 
     def status(self) -> str:
         """What it is doing, for the message of a deadline."""

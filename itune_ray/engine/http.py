@@ -53,6 +53,7 @@ class HttpEngine:
         self._requests = Pacer(config.requests_per_minute)
         self._tokens = Pacer(config.tokens_per_minute)
         self._running = 0
+        self._embedded = 0
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Complete each request; same length and order.
@@ -65,7 +66,13 @@ class HttpEngine:
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One vector per text, by the endpoint's embeddings."""
         response = await self._client.embeddings.create(model=self._model, input=list(texts))
+        self._embedded += response.usage.total_tokens
         return [list(item.embedding) for item in sorted(response.data, key=lambda item: item.index)]
+
+    def take_embedded(self) -> int:
+        """Tokens of the texts embedded since this was asked last, by the endpoint's count."""
+        taken, self._embedded = self._embedded, 0
+        return taken
 
     def status(self) -> str:
         """What it is doing, for the message of a deadline."""

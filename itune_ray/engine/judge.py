@@ -3,20 +3,19 @@
 import math
 import re
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.config.base import digest
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
-from itune_ray.errors import ConfigError
+from itune_ray.engine.templates import read_template, render
 
 SYSTEM = "You rate how well assistants answer instructions. You are strict, and you judge only what is written."
 
-BUILTIN = {"answer": "judge.jinja", "guided": "judge_reference.jinja", "complexity": "judge_complexity.jinja"}
+BUILTIN = {
+    "answer": "itune_ray.engine:judge.jinja",
+    "guided": "itune_ray.engine:judge_reference.jinja",
+    "complexity": "itune_ray.engine:judge_complexity.jinja",
+}
 """Templates by name: an answer by itself, or against a right one; how hard an instruction is (deita, methods D32)."""
 
 _MARKS = r"[\s*_`#(\[]*"
@@ -85,7 +84,7 @@ class Judge:
     ):
         self._dimension, (self._low, self._high) = dimension, scale
         self._guided = guided
-        self.template = _read(template or ("guided" if guided else "answer"))
+        self.template = read_template(template or ("guided" if guided else "answer"), "judge.template", BUILTIN)
 
     async def score(self, llm: Llm, prompt: str, response: str, key: str, reference: str | None = None) -> Judgement:
         """Ask the model once.
@@ -115,8 +114,8 @@ class Judge:
             raise ValueError("a guided judge needs a reference, and no other judge reads one")
         texts = [prompt, response] if reference is None else [prompt, response, reference]
         guide = {"reference": reference} if self._guided else {}
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
-        asked = environment.from_string(self.template).render(
+        asked = render(
+            self.template,
             prompt=prompt,
             response=response,
             dimension=self._dimension,
@@ -147,15 +146,6 @@ PLANTED = (
 def planted(response: str, number: int, high: float) -> str:
     """The response with one of `PLANTED` after it."""
     return response + PLANTED[number % len(PLANTED)].format(high=f"{high:g}")
-
-
-def _read(template: str) -> str:
-    if template in BUILTIN:
-        return (resources.files("itune_ray.engine") / BUILTIN[template]).read_text(encoding="utf-8")
-    if not Path(template).is_file():
-        allowed = f"a Jinja file, or {', '.join(BUILTIN)}"
-        raise ConfigError("no such template file", got=template, allowed=allowed, knob="judge.template")
-    return Path(template).read_text(encoding="utf-8")
 
 
 def _number(text: str) -> float:

@@ -7,22 +7,19 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
 from typing import Literal, Self
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.config.base import digest
 from itune_ray.data.records import Message
-from itune_ray.errors import ConfigError
+from itune_ray.engine.templates import read_template, render
 
 Verdict = Literal["A", "B", "tie"]
 """Which answer is better by its place in the prompt."""
 Result = Literal["win", "tie", "lose"]
 """How an answer fared against another."""
 
+BUILTIN = {"pair": "itune_ray.engine:pairwise.jinja"}
+"""Templates by name."""
 TIE_MARGIN = 0.1
 """Scores of a pair that differ by no more than this are a tie."""
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
@@ -112,21 +109,10 @@ class PairJudge:
     version = 1
 
     def __init__(self, template: str | None = None):
-        self.template = _read(template)
+        self.template = read_template(template or "pair", "template", BUILTIN)
 
     def messages(self, prompt: str, first: str, second: str, reference: str | None = None) -> tuple[Message, ...]:
         """The chat that the judge is asked, with `first` as answer A."""
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
         fence = digest([prompt, *sorted((first, second)), reference], length=12)
-        asked = environment.from_string(self.template).render(
-            prompt=prompt, first=first, second=second, reference=reference, fence=fence
-        )
+        asked = render(self.template, prompt=prompt, first=first, second=second, reference=reference, fence=fence)
         return ({"role": "user", "content": asked.strip()},)
-
-
-def _read(template: str | None) -> str:
-    if template is None:
-        return (resources.files("itune_ray.engine") / "pairwise.jinja").read_text(encoding="utf-8")
-    if not Path(template).is_file():
-        raise ConfigError("no such template file", got=template, allowed="a Jinja file", knob="template")
-    return Path(template).read_text(encoding="utf-8")

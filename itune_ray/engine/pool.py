@@ -20,6 +20,7 @@ from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, cause_of
 from itune_ray.engine.line import ActorHandle, one_line
 from itune_ray.engine.replica import Replica, ReplicaInfo
 from itune_ray.engine.timeshare import check_counts, check_shares
+from itune_ray.engine.usage import TokenCount
 from itune_ray.errors import ClusterError, GenerationError, ITuneError
 from itune_ray.observe import metrics
 from itune_ray.observe.ray_sink import RAY_SINK
@@ -55,6 +56,7 @@ class Pool:
     say: Say = _silent
     arrived: Callable[[], None] = lambda: None
     """Called for each replica that becomes ready."""
+    tokens: TokenCount = field(default_factory=TokenCount)
     _awaited: dict[Any, int] = field(default_factory=dict[Any, int])
     _lock: Any = field(default_factory=threading.RLock)
     _joiner: threading.Thread | None = None
@@ -159,6 +161,7 @@ class Pool:
 
     def _give_up(self, numbers: Collection[int], why: str) -> None:
         before = self.size
+        self.tokens.ask(self.replicas[number] for number in numbers if number in self.infos)
         for number in numbers:
             self._discard(number)
         if numbers:
@@ -179,6 +182,10 @@ class Pool:
     def _ready(self) -> dict[int, ActorHandle]:
         with self._lock:
             return {number: self.replicas[number] for number in self.infos}
+
+    def count(self) -> None:
+        """Record what the replicas read and wrote since this was called last."""
+        self.tokens.ask(self._ready().values())
 
     @property
     def requests(self) -> int:
@@ -246,6 +253,7 @@ class Pool:
         """Let the engines close, then kill the replicas, and give their resources back."""
         import ray
 
+        self.count()
         with self._lock:
             self._awaited = {}
             closing = [replica.stop.options(concurrency_group="control").remote() for replica in self._ready().values()]
@@ -413,6 +421,14 @@ class EngineHost:
             wanted = {pool_key(model) for model in served}
             for key in [key for key in self._pools if key not in wanted]:
                 self._pools.pop(key).close()
+
+    def count(self) -> None:
+        """Record the tokens that all replicas read and wrote since this was called last, under the stage of now."""
+        import ray
+
+        if self._pools and ray.is_initialized():
+            for pool in list(self._pools.values()):
+                pool.count()
 
     def describe(self) -> list[str]:
         """What each replica is doing, for whoever asks why nothing moves."""

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from itune_ray.config.shared import EngineConfig, ModelRef
 from itune_ray.engine import ENGINES
 from itune_ray.engine.base import Completion, EngineDiedError, Request
 from itune_ray.engine.mailbox import Answer, Mailbox
+from itune_ray.engine.usage import Usage
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.observe import metrics
 from itune_ray.observe.metrics import Sink
@@ -56,6 +58,7 @@ class Replica:
         self._boxes: dict[str, Mailbox] = {}
         self._failure: ITuneError | None = None
         self._requests = 0
+        self._life, self._prompt_tokens, self._tokens = uuid.uuid4().hex, 0, 0
         self._running: dict[str, _Work] = {}
         self._engine: Any = None
         log = config.request_log
@@ -113,10 +116,12 @@ class Replica:
         """One vector per text."""
         engine = self._serving()
         try:
-            return await engine.embed(texts)
+            vectors = await engine.embed(texts)
         except EngineDiedError as error:
             self._end(error)
             raise
+        self._prompt_tokens += engine.take_embedded()
+        return vectors
 
     async def sleep(self) -> None:
         """Give the engine's memory up until `wake`; one that cannot sleep is closed and later built anew."""
@@ -141,6 +146,10 @@ class Replica:
     async def requests(self) -> int:
         """Requests that reached the engine since it was started."""
         return self._requests
+
+    async def usage(self) -> Usage:
+        """Tokens that the engine read and wrote since this process began, whoever asked."""
+        return Usage(self._life, self._prompt_tokens, self._tokens)
 
     async def status(self) -> str:
         """What the engine is doing."""
@@ -186,10 +195,13 @@ class Replica:
             if self._log is not None:
                 os.write(self._log, f"{request.id}\n".encode())  # one write: whole lines, also of several replicas
             try:
-                return (await engine.generate([request]))[0]
+                completion: Completion = (await engine.generate([request]))[0]
             except EngineDiedError as error:
                 self._end(error)
                 raise
+            self._prompt_tokens += len(completion.prompt_token_ids)
+            self._tokens += sum(len(sample.token_ids) for sample in completion.samples)
+            return completion
 
     def _end(self, error: EngineDiedError) -> None:
         """The process ends with its engine, so that Ray starts both again."""

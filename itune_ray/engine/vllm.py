@@ -66,6 +66,7 @@ class VllmEngine:
         self._backend = _load(config, model, folder.path, tokenizer, threads, can_sleep)
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
+        self._embedded = 0
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
         self._scratch = tempfile.TemporaryDirectory(prefix="itune-adapters-")
         self._loaded: dict[int, LoRARequest] = {}
@@ -82,9 +83,15 @@ class VllmEngine:
         async def one(text: str) -> list[float]:
             ids = self._prompts.encode(Request(id="", sampling=Sampling(), text=text))
             output = await self._backend.complete(_tokens(ids), PoolingParams(task="embed"), None)
+            self._embedded += len(output.prompt_token_ids)
             return output.outputs.data.float().tolist()
 
         return list(await asyncio.gather(*map(one, texts)))
+
+    def take_embedded(self) -> int:
+        """Tokens of the texts embedded since this was asked last."""
+        taken, self._embedded = self._embedded, 0
+        return taken
 
     def status(self) -> str:
         """What it is doing, for the message of a deadline."""

@@ -18,7 +18,6 @@ from itune_ray.evaluate.actor import SHARD, AskerArguments, EvalActors
 from itune_ray.evaluate.answers import answers_table, check_answered, is_settled, outcome_of
 from itune_ray.evaluate.ask import Asked, Question
 from itune_ray.evaluate.score import score_benchmark
-from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress
 from itune_ray.room import require
 
@@ -148,10 +147,7 @@ def _answer_once(
         for answers in actors.stream(_shards(todo)):
             committer.add(outcome_of(a, attempts.get(a.question.key, 0) + 1) for a in answers)
             done += len(answers)
-            prompt, generated = sum(a.num_prompt_tokens for a in answers), sum(a.num_tokens for a in answers)
-            tokens += prompt + generated
-            metrics.count("itune_tokens_total", prompt, kind="prompt")
-            metrics.count("itune_tokens_total", generated, kind="generated")
+            tokens += sum(a.num_prompt_tokens + a.num_tokens for a in answers)
             failed += sum(a.grade is None for a in answers)
             task.update(done, tokens, **({"failed": failed} if failed else {}))
 

@@ -88,10 +88,6 @@ def drive(
 def _record(outcomes: Sequence[Outcome]) -> None:
     for (status, reason), rows in Counter((o.status, o.reason or o.cause or "") for o in outcomes).items():
         metrics.count("itune_rows_total", rows, status=status, reason=reason[:80])
-    made = Tally()
-    made.add(outcomes)
-    metrics.count("itune_tokens_total", made.prompt_tokens, kind="prompt")
-    metrics.count("itune_tokens_total", made.generated_tokens, kind="generated")
 
 
 def check_conserved(ledger: Ledger, num_inputs: int, num_quarantined: int, rows_per_input: int | None) -> None:

@@ -18,7 +18,7 @@ from itune_ray.config.shared import FakeEngineConfig, SamplingConfig, ServedMode
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publish_table
 from itune_ray.data.records import Record, records_table
-from itune_ray.data.sources import read_source
+from itune_ray.data.sources import read_source, told_apart
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
 from itune_ray.engine.llm import no_llm, sampling_of
@@ -122,6 +122,7 @@ def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outc
     for table in tables:
         unusable = f", {len(table.quarantined)} unusable" if table.quarantined else ""
         progress.say(f"{table.name}: {len(table.records)} rows read as {table.layout}{unusable}")
+    tables = told_apart(tables)
     records = [record for table in tables for record in table.records]
     quarantined = [outcome for table in tables for outcome in table.quarantined]
     check_keys([*records, *(outcome.record for outcome in quarantined)])

@@ -47,6 +47,11 @@ class Purse:
         if stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def close(self) -> None:
+        """Go on counting, but interrupt nothing any more: all work is done or stopped."""
+        with self._lock:
+            self._stopping = True
+
     def check(self) -> None:
         """To be called before anything is started; raises `BudgetError` when a cap is reached."""
         if (error := self._error()) is not None:

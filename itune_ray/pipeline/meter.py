@@ -1,8 +1,8 @@
-"""[Ray] What a run cost and made, as metrics: the finished stages' figures, and the cluster's price while it works."""
+"""[Ray] What a run cost and made, as metrics: the finished stages' figures, and tokens and price while it works."""
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,7 +11,10 @@ from itune_ray.data.yields import per_accepted
 from itune_ray.observe import metrics
 from itune_ray.pipeline.budget import Purse
 
+COUNT_S = 1.0
+"""How often engines are asked for the tokens they have used."""
 SAMPLE_S = 10.0
+"""How often the bill is written down, and the cluster's price added."""
 
 
 def record_stage(artifact: Artifact, cost: float | None) -> None:
@@ -56,15 +59,16 @@ def _scores(scores: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class Meter:
-    """Adds up what the cluster costs while the run works: every living node counts, busy or not.
+    """Adds up what engines use and what the cluster costs while the run works: every living node counts, busy or not.
 
     Args:
         prices: Price of one resource for an hour; empty: it costs nothing.
         purse: What pays, and remembers over attempts.
+        count: Records the tokens that engines have used since it was called last.
     """
 
-    def __init__(self, prices: Mapping[str, float], purse: Purse):
-        self._prices, self._purse = prices, purse
+    def __init__(self, prices: Mapping[str, float], purse: Purse, count: Callable[[], None] = lambda: None):
+        self._prices, self._purse, self._count = prices, purse, count
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="meter")
 
@@ -79,8 +83,11 @@ class Meter:
 
     def _run(self) -> None:
         last = time.monotonic()
-        while not self._stop.wait(SAMPLE_S):
+        while not self._stop.wait(min(COUNT_S, SAMPLE_S)):
+            self._count()
             now = time.monotonic()
+            if now - last < SAMPLE_S:
+                continue
             if self._prices:
                 self._purse.spend(cost=self._per_hour() * (now - last) / 3600)
                 metrics.gauge("itune_cost", self._purse.cost)

@@ -48,7 +48,7 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
             metrics.sent_to(purse),
             Watch(progress, job.run.stall_s),
             explained_by(engines.describe),
-            Meter(job.run.prices, purse),
+            Meter(job.run.prices, purse, engines.count),
         ):
             try:
                 _run_steps(steps, store, engines, job.run, purse, progress)
@@ -56,6 +56,7 @@ def run(job_name: str, job: Job, progress: Progress) -> RunStore:
                 purse.check()
                 raise
             finally:
+                purse.close()
                 engines.close()
     return store
 
@@ -85,6 +86,8 @@ def _run_steps(
         metrics.in_context(stage=step.name, job_type=step.job)
         artifact = resolve(job_type(step.job).function)(job, store, step.name, engines, progress)
         artifacts[step.name] = artifact
+        if number < len(steps):
+            engines.count()  # under this stage's name
         if artifact.manifest["finished"] < started:
             skipped.add(step.name)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from itune_ray.config.shared import FileSource, MixturePart
 from itune_ray.curate.board import Board
 from itune_ray.curate.filters.base import KEEP, RowFilter, Verdict
 from itune_ray.curate.publish import balanced
+from itune_ray.curate.run import _note
 from itune_ray.curate.steps import check_steps, make_steps, passes
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.dedup import slices
@@ -211,3 +213,23 @@ def test_facts_reach_the_next_link_the_board_and_the_table():
     board.annotate(1, {"seen": 2})
     assert [board.record(row).meta for row in (0, 1)] == [{}, {"seen": 2}]
     assert [row["meta"] for row in board.outcomes().to_pylist()] == ["{}", '{"seen": 2}']
+
+
+class Redacting(RowFilter):
+    def keep(self, record: Record) -> Verdict:
+        return Verdict(True, changed=replace(record, text=(record.text or "").replace("0 ", "X "), weight=9.0))
+
+
+class Clean(RowFilter):
+    def keep(self, record: Record) -> Verdict:
+        return KEEP if record.text == "X 1" else Verdict(False, record.text)
+
+
+def test_rewritten_texts_reach_the_next_link_the_board_and_the_table():
+    board = Board(mixture((2,)))
+    links = [Link("a", Redacting()), Link("b", Clean())]
+    for verdict in judge_block(block_of(board), links).to_pylist():
+        _note(board, verdict, links[verdict["link"]].name)
+    rows = board.outcomes().to_pylist()
+    assert [(row["text"], row["reason"], row["weight"]) for row in rows] == [("X 0", "X 0", 1.0), ("X 1", None, 1.0)]
+    assert rows[1]["content_hash"] == Record(source="x", position=0, text="X 1").content_hash

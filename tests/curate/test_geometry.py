@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itune_ray.config.base import validate
-from itune_ray.config.curate import CurateJob, HashedEmbedder, ModelEmbedder
+from itune_ray.config.curate import CurateJob, HashedEmbedder
+from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.config.shared import ServedModel
 from itune_ray.curate.embeddings import hashed_vectors, model_vectors, unit
 from itune_ray.curate.geometry import far_enough, k_center, losers, near_pairs, nearest, spherical_kmeans

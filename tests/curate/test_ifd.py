@@ -19,7 +19,7 @@ from itune_ray.config.shared import ModelRef
 from itune_ray.curate import run as stage
 from itune_ray.curate.filters import load_filter
 from itune_ray.curate.filters.base import Seen
-from itune_ray.curate.filters.ifd import AnswerLoss, Ifd, context, loss_of
+from itune_ray.curate.filters.ifd import Ifd, loss_of
 from itune_ray.curate.judging import rate_all, ratings
 from itune_ray.data.artifact import RunStore
 from itune_ray.data.chat import AnswerTokens, ChatRenderer
@@ -27,6 +27,7 @@ from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Completion, Llm, Sample
+from itune_ray.engine.difficulty import AnswerLoss, context
 from itune_ray.observe.progress import Progress
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

@@ -84,3 +84,60 @@ def test_shares_of_no_input_are_told_before_anything_runs(tmp_path, monkeypatch,
     monkeypatch.setattr(stage, "unite", lambda *_: pytest.fail("rows were united"))
     with pytest.raises(ConfigError, match=message):
         curate(tmp_path, {"a": 1, "b": 1}, mixing={"type": "manual", "rates": rates})
+
+
+# --- replay --------------------------------------------------------------------------------------------------------
+
+
+def kept(artifact: Artifact) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in artifact.folder.read_table("kept").to_pylist():
+        found.setdefault(row["source"], set()).add(row["key"])
+    return found
+
+
+def replayed(root: Any, name: str, sizes: dict[str, int], **more: Any) -> Artifact:
+    (root / name).mkdir()
+    return curate(root / name, sizes, mixing={"type": "replay", "old": ["one", "two"], **more})
+
+
+SIZES = {"new": 100, "one": 60, "two": 4}
+
+
+def test_old_inputs_give_rows_in_proportion_to_what_is_new(tmp_path):
+    artifact = replayed(tmp_path, "a", SIZES, rate=0.07)
+    assert {name: len(keys) for name, keys in kept(artifact).items()} == {"new": 100, "one": 7, "two": 4}
+    assert artifact.manifest["funnel"]["rejected"] == {"not_replayed": 53}
+    assert weights_of(artifact) == {"new": {1.0}, "one": {1.0}, "two": {1.0}}
+    planned = {name: row["planned_share"] for name, row in report(artifact).items()}
+    assert planned == pytest.approx({"new": 100 / 114, "one": 7 / 114, "two": 7 / 114})
+    assert report(artifact)["two"]["share"] == pytest.approx(4 / 111), "what an input cannot give is told"
+
+
+def test_a_larger_rate_holds_the_smaller_and_a_memory_bounds_it(tmp_path):
+    few, many = (kept(replayed(tmp_path, f"r{rate}", SIZES, rate=rate))["one"] for rate in (0.05, 0.2))
+    assert len(few) == 5
+    assert len(many) == 20
+    assert few < many
+    assert kept(replayed(tmp_path, "m", SIZES, rate=0.2, memory=5))["one"] == few
+    assert len(kept(replayed(tmp_path, "least", SIZES, rate=0.001))["one"]) == 1
+
+
+def test_each_task_gives_its_quota(tmp_path):
+    rows = [{"instruction": f"q {i}", "output": "a", "task": f"t{i % 3}"} for i in range(30)]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({**row, "output": "b"}) + "\n" for row in rows))
+    inputs = [{"source": {"type": "file", "path": str(tmp_path / f"{name}.jsonl")}} for name in ("old", "new")]
+    mixing = {"type": "replay", "old": ["old"], "rate": 0.1, "by": "meta.task"}
+    job = validate(CurateJob, {"name": "run", "inputs": inputs, "mixing": mixing}, "x")
+    artifact = stage.run(job, RunStore(str(tmp_path), "run"), "curate", EngineHost(), Progress(quiet=True))
+    drawn = [row for row in artifact.folder.read_table("kept").to_pylist() if row["source"] == "old"]
+    assert sorted(json.loads(row["meta"])["task"] for row in drawn) == sorted(["t0", "t1", "t2"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "message"), [(["twoo"], "names no input.*did you mean 'two'"), (["new", "one", "two"], "nothing new")]
+)
+def test_old_inputs_are_some_of_the_inputs(tmp_path, old, message):
+    with pytest.raises(ConfigError, match=message):
+        curate(tmp_path, {"new": 1, "one": 1, "two": 1}, mixing={"type": "replay", "old": old})

@@ -94,7 +94,10 @@ def test_a_stage_unites_with_the_one_it_was_made_from():
         "seeds:2:0": None,
     }
     for tables in ([seeds, made], [made, seeds]):
-        assert {m.record.key: m.duplicate_of for m in unite([part(), part()], tables).members} == expected
+        members = unite([part(), part()], tables).members
+        renamed = {m.record.key: m.record.meta.get("renamed_from") for m in members}
+        assert renamed == {key: "seeds" if "/" in key else None for key in expected}
+        assert {m.record.key: m.duplicate_of for m in members} == expected
 
 
 def test_a_key_that_stays_taken_is_refused():

@@ -7,7 +7,8 @@ import re
 import pytest
 from scripted import answered, prompt, run
 
-from itune_ray.config.recipes import AugmentConfig, TokenAugment
+from itune_ray.config.recipes import AugmentConfig
+from itune_ray.config.recipes.transforms import TokenAugment
 from itune_ray.generate.augmenting import (
     NEGATIONS,
     OPERATORS,

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from generate_recipe import Echo
 
-from itune_ray.config.generate import CommitConfig
+from itune_ray.config.generate import CommitConfig, GenerateJob
 from itune_ray.config.recipes import RespondConfig
-from itune_ray.config.shared import FakeEngineConfig
+from itune_ray.config.shared import CustomSource, FakeEngineConfig, ModelRef, ServedModel
 from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.storage import Folder
@@ -19,7 +19,9 @@ from itune_ray.engine.llm import EngineLlm
 from itune_ray.errors import DataError, GenerationError
 from itune_ray.generate.drive import check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
+from itune_ray.generate.run import _read
 from itune_ray.generate.worker import INPUTS_PER_PARCEL, RecipeWorker, outcomes_of, pack, unpack
+from itune_ray.observe.progress import Progress
 
 COMMIT = CommitConfig(rows=16, seconds=60.0)
 
@@ -195,6 +197,32 @@ def test_quarantined_rows_are_kept_once(tmp_path):
 def test_colliding_keys_are_refused():
     with pytest.raises(DataError, match=r"same key.*s:3:0"):
         check_keys([*prompts(5), prompts(5)[3]])
+
+
+def seeds() -> list[Record]:
+    return prompts(4)
+
+
+def evolved() -> list[Record]:
+    """A later payload, whose rows kept the keys of those they were made from."""
+    return [*prompts(2), Record(source="new", position=0, messages=({"role": "user", "content": "new"},))]
+
+
+def test_two_payloads_whose_keys_meet_are_told_apart():
+    sources = [CustomSource(import_path=f"{__name__}:{name}") for name in ("seeds", "evolved")]
+    teacher = ServedModel(model=ModelRef(path="any"), engine=FakeEngineConfig())
+    records, _ = _read(GenerateJob(name="x", prompts=sources, teacher=teacher), Progress(quiet=True))
+    assert [(r.key, r.meta.get("renamed_from")) for r in records] == [
+        ("seeds/s:0:0", "s"),
+        ("seeds/s:1:0", "s"),
+        ("s:2:0", None),
+        ("s:3:0", None),
+        ("evolved/s:0:0", "s"),
+        ("evolved/s:1:0", "s"),
+        ("new:0:0", None),
+    ]
+    with pytest.raises(DataError, match=r"same key.*prompts\[\]\.name"):
+        _read(GenerateJob(name="x", prompts=[sources[0], sources[0]], teacher=teacher), Progress(quiet=True))
 
 
 def test_parcels_keep_outcomes_whole():

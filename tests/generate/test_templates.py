@@ -20,9 +20,10 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.llm import no_llm
+from itune_ray.engine.templates import render
 from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import load_recipe
-from itune_ray.generate.recipes.base import builtin_prompt, render
+from itune_ray.generate.recipes.base import builtin_prompt
 from itune_ray.generate.recipes.templates import SHOWS, TASKS, closed, label_text, shown_options, split_templates
 
 ALL = [(task, name) for task in TASKS for name in split_templates(builtin_prompt("templates", f"{task}.jinja"))]

@@ -41,6 +41,8 @@ class Model:
     def __init__(self) -> None:
         self.faults: defaultdict[str, set[str]] = defaultdict(set)
         self.lock = threading.Lock()
+        self.spent = 0
+        """Tokens that it read and wrote, which are words."""
 
     def reply(self, body: dict[str, Any]) -> tuple[int, str, str]:
         """Status, text and finish reason."""
@@ -59,6 +61,17 @@ class Model:
         if "Which answer serves the person better?" in text:
             return 200, self._verdict(text), "stop"
         return self._answer(text)
+
+    def answer(self, body: dict[str, Any], text: str, finish: str) -> dict[str, Any]:
+        """The endpoint's response, with one choice for each that was asked, and its tokens counted."""
+        message, n = {"role": "assistant", "content": text}, body.get("n", 1)
+        choices = [{"index": index, "message": message, "finish_reason": finish} for index in range(n)]
+        read = sum(len(turn["content"].split()) for turn in body["messages"])
+        wrote = n * len(text.split())
+        with self.lock:
+            self.spent += read + wrote
+        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage}
 
     def _proposals(self, text: str, seed: object) -> str:
         """Six new instructions, and an old one that is no news."""
@@ -131,7 +144,8 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status, text, finish = model.reply(body)
-                payload = json.dumps(_answer(text, finish) if status == 200 else {"error": {"message": text}}).encode()
+                told = model.answer(body, text, finish) if status == 200 else {"error": {"message": text}}
+                payload = json.dumps(told).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(payload)))
@@ -146,9 +160,3 @@ class Endpoint:
         """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
-
-
-def _answer(text: str, finish: str) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}

@@ -42,6 +42,8 @@ class Finished:
     folder: Path
     inputs: Path
     endpoint: Endpoint
+    spent: int
+    """Tokens that the endpoint read and wrote for it, by its own count."""
 
     def stage(self, name: str) -> Path:
         """The one artifact of a step."""
@@ -90,7 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Finishe
             tree = {**pipeline("data", root, endpoint.url, workers), "output": str(root / str(workers))}
             with Progress(quiet=True) as progress:
                 run("pipeline", validate(PipelineJob, tree, "x"), progress)
-            finished[workers] = Finished(root / str(workers) / "data", root, endpoint)
+            spent = endpoint.model.spent - sum(earlier.spent for earlier in finished.values())
+            finished[workers] = Finished(root / str(workers) / "data", root, endpoint, spent)
         yield finished
     finally:
         ray.shutdown()
@@ -122,6 +125,13 @@ def test_every_row_of_every_stage_is_accounted_for(done):
     made = {step: done.manifest(step)["rows"] for step in STEPS}
     assert done.manifest("clean")["funnel"]["in"] == made["answer"] + made["propose"]
     assert done.manifest("mix")["funnel"]["in"] == made["clean"] + made["mosaic"] + made["gate"]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_bill_is_what_the_endpoint_counted(runs, workers):
+    """Of every call: proposals, rewrites and their checks, answers, and judges in filters and in a recipe."""
+    spent = json.loads((runs[workers].folder / "spent.json").read_text())["tokens"]
+    assert spent == runs[workers].spent > 0
 
 
 def test_parents_are_rows_of_an_earlier_round(done):
@@ -254,4 +264,4 @@ def test_killed_at_each_stage_the_run_ends_as_if_undisturbed(itune, runs, wait_u
     status, seen = itune.run("pipeline", file, timeout=600)
     assert status == 0, seen
     assert len(landed) >= len(STEPS) - 2, "the kills must land within the steps"
-    assert Finished(folder, calm.inputs, calm.endpoint).hashes() == calm.hashes()
+    assert Finished(folder, calm.inputs, calm.endpoint, 0).hashes() == calm.hashes()

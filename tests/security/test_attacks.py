@@ -26,8 +26,8 @@ from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Completion, Request, Sample, Sampling
 from itune_ray.engine.judge import Judge
 from itune_ray.engine.prompts import BadPromptError, PromptEncoder
+from itune_ray.engine.templates import render
 from itune_ray.errors import ConfigError, ITuneError, ModelError, StorageError
-from itune_ray.generate.recipes.base import render
 from itune_ray.pipeline.step import plan
 
 PLAYGROUND = {"type": "playground", "split": "chat", "rows": 1}

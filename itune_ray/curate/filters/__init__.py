@@ -19,6 +19,8 @@ FILTERS = {
     "grader": "itune_ray.curate.filters.grader:Grader",
     "judge": "itune_ray.curate.filters.judge:JudgeFilter",
     "ifd": "itune_ray.curate.filters.ifd:Ifd",
+    "tags": "itune_ray.curate.filters.tags:Tags",
+    "uncertainty": "itune_ray.curate.filters.uncertainty:Uncertainty",
     "human_rating": "itune_ray.curate.filters.human_rating:HumanRating",
     "semantic_dedup": "itune_ray.curate.filters.semantic_dedup:SemanticDedup",
     "select": "itune_ray.curate.filters.select:Select",

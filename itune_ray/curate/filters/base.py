@@ -16,7 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from itune_ray.config.base import digest
-from itune_ray.config.curate import HashedEmbedder, ModelEmbedder
+from itune_ray.config.curate import HashedEmbedder
+from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.config.generate import CommitConfig
 from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.dedup import Duplicates, TextKey, near_text
@@ -45,6 +46,9 @@ class Verdict:
     """Key of the row that this one repeats, e.g. of a benchmark; published as `duplicate_of`."""
     meta: Mapping[str, Any] | None = None
     """Facts to add to the row's `meta`, JSON values: later filters and the published tables have them."""
+    changed: Record | None = None
+    """The row with other texts (messages, rejected, text), where the filter rewrites it; its other fields count for
+    nothing."""
 
 
 KEEP = Verdict(True)
@@ -69,6 +73,8 @@ class Settled:
     """Figures for the manifest, JSON values."""
     dropped: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key of each kept row that goes after all -> why."""
+    meta: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Key of a row -> facts to add to its `meta`, JSON values."""
 
 
 class Filter(ABC):  # noqa: B024  what is abstract depends on the kind

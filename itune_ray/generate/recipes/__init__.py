@@ -31,6 +31,7 @@ RECIPES = {
     "preference_label": "itune_ray.generate.recipes.preference_label:PreferenceLabel",
     "dialogue": "itune_ray.generate.recipes.dialogue:Dialogue",
     "reflection": "itune_ray.generate.recipes.reflection:Reflection",
+    "selective_reflection": "itune_ray.generate.recipes.selective_reflection:SelectiveReflection",
     "red_team": "itune_ray.generate.recipes.red_team:RedTeam",
 }
 """Recipe type -> class, built with its config."""

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 
 from itune_ray.config.recipes import AlpacaConfig
 from itune_ray.data.records import Record
+from itune_ray.engine.templates import read_template, render
 from itune_ray.generate.novelty import Tokens
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, read_prompt, render, task_turn
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, task_turn
 from itune_ray.generate.recipes.propose import Candidate, Proposer
 
 NO_INPUT = "<noinput>"
@@ -39,7 +40,7 @@ class Alpaca(Proposer):
     def __init__(self, config: AlpacaConfig, pool: Sequence[Tokens] = ()):
         self._examples, self._list_length = config.examples, config.list_length
         own = config.template
-        template = read_prompt(own, "recipe.template") if own else builtin_prompt(self.name, "triples.jinja")
+        template = read_template(own, "recipe.template") if own else builtin_prompt(self.name, "triples.jinja")
         super().__init__(config, template, pool)
 
     @property

@@ -6,13 +6,15 @@ Only the last user turn changes; the answer stays, except for another task, whic
 import random
 from typing import Any
 
-from itune_ray.config.recipes import AugmentConfig, BackTranslationAugment, GenerativeAugment, TokenAugment
+from itune_ray.config.recipes import AugmentConfig
+from itune_ray.config.recipes.transforms import BackTranslationAugment, GenerativeAugment, TokenAugment
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
+from itune_ray.engine.templates import render
 from itune_ray.generate.augmenting import OPERATORS, broken_gate, cut, due, mask
 from itune_ray.generate.novelty import nearest, tokens_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 
 

@@ -6,7 +6,8 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.pairwise import parse_rating
-from itune_ray.generate.recipes.base import builtin_prompt, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, refused
 from itune_ray.generate.recipes.chain import Calls, Chain
 
 

@@ -3,19 +3,14 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import pyarrow as pa
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Completion, Llm
-from itune_ray.errors import ConfigError
 
 SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 """How transcripts name who speaks."""
@@ -105,26 +100,6 @@ def builtin_prompt(recipe: str, name: str) -> str:
     return (resources.files("itune_ray.generate") / "prompts" / recipe / name).read_text(encoding="utf-8")
 
 
-def read_prompt(path: str, knob: str) -> str:
-    """A template file of the user's, checked for syntax."""
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError("no such template file", got=path, allowed="a Jinja file", knob=knob)
-    text = file.read_text(encoding="utf-8")
-    try:
-        _compiled(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the template is not valid Jinja: {error.message} (line {error.lineno})", got=path, knob=knob
-        ) from None
-    return text
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill a template; an unknown name raises `jinja2.UndefinedError`."""
-    return _compiled(template).render(**values)
-
-
 def last_user_turn(messages: Sequence[Mapping[str, str]]) -> str | None:
     """Text of the final message when it is a user's and says something."""
     last = messages[-1] if messages else None
@@ -139,10 +114,3 @@ def task_turn(instruction: str, input: str) -> str:
 def transcript(messages: Sequence[Mapping[str, str]]) -> str:
     """A chat as text, one paragraph per turn, each after the name of who speaks."""
     return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content'].strip()}" for m in messages)
-
-
-@lru_cache(maxsize=64)
-def _compiled(text: str) -> jinja2.Template:
-    template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
-    template.globals = dict(template.globals)  # each rendering copies them, and a ChainMap copies slowly
-    return template

@@ -11,7 +11,8 @@ from itune_ray.config.base import Schema
 from itune_ray.config.recipes import ConstitutionalConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, transcript
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.principles import principles_text, read_principles
 

@@ -10,7 +10,8 @@ from itune_ray.config.recipes import DialogueConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.llm import sampling_of
-from itune_ray.generate.recipes.base import SPEAKERS, builtin_prompt, last_user_turn, refused, render, transcript
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import SPEAKERS, builtin_prompt, last_user_turn, refused, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 
 Ended = Literal["turn_cap", "end_marker", "repeated", "empty_user", "user_truncated"]

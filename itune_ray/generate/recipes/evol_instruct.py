@@ -12,7 +12,8 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.llm import sampling_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 
 METHODS: Mapping[str, str] = {

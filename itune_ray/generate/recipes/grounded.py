@@ -10,9 +10,10 @@ from itune_ray.config.base import digest
 from itune_ray.config.recipes import GroundedConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.engine.templates import render
 from itune_ray.generate.novelty import tokens_of
 from itune_ray.generate.recipes.backtranslation import document_of
-from itune_ray.generate.recipes.base import builtin_prompt, refused, render, task_turn
+from itune_ray.generate.recipes.base import builtin_prompt, refused, task_turn
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.evol_instruct import STOP_WORDS
 

@@ -12,7 +12,8 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.llm import sampling_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError, together
 from itune_ray.generate.recipes.evol_instruct import broken_answer, broken_rule
 from itune_ray.generate.recipes.propose import parse

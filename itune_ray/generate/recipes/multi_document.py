@@ -11,7 +11,8 @@ from itune_ray.config.recipes import MultiDocumentConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Sampling
-from itune_ray.generate.recipes.base import builtin_prompt, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.self_instruct_instances import parse_yes_no
 from itune_ray.generate.snippets import context_of, sentences_of, snippet_pairs, word_vectors

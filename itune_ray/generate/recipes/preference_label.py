@@ -14,7 +14,8 @@ from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.choice import continued
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, transcript
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.principles import principles_text, read_principles
 from itune_ray.model.render import model_renderer

@@ -13,15 +13,9 @@ from itune_ray.config.recipes import AlpacaConfig, SelfInstructConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Llm
+from itune_ray.engine.templates import read_template, render
 from itune_ray.generate.novelty import Tokens, nearest, tokens_of
-from itune_ray.generate.recipes.base import (
-    builtin_prompt,
-    from_error,
-    last_user_turn,
-    read_prompt,
-    refused,
-    render,
-)
+from itune_ray.generate.recipes.base import builtin_prompt, from_error, last_user_turn, refused
 from itune_ray.generate.recipes.respond import recorded
 
 _NUMBER = re.compile(r"(?:^|\n)\s*\d+\s?[.)]\s*")
@@ -158,7 +152,7 @@ class Propose(Proposer):
     def __init__(self, config: SelfInstructConfig, pool: Sequence[Tokens] = ()):
         self._style = config.style
         own = config.template
-        template = read_prompt(own, "recipe.template") if own else builtin_prompt(self.name, f"{config.style}.jinja")
+        template = read_template(own, "recipe.template") if own else builtin_prompt(self.name, f"{config.style}.jinja")
         super().__init__(config, template, pool)
 
     @property

@@ -12,25 +12,23 @@ from typing import Any
 from itune_ray.config.base import digest
 from itune_ray.config.recipes import RedTeamConfig
 from itune_ray.config.shared import FileSource
+from itune_ray.data import pii
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import UNSAFE, Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.judge import parse_score
 from itune_ray.engine.llm import sampling_of
+from itune_ray.engine.templates import render
 from itune_ray.errors import ConfigError
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 from itune_ray.generate.recipes.respond import recorded
 
 WORST = 10
 """The judge's highest score, which is harm 1."""
-CONTACTS: Mapping[str, re.Pattern[str]] = {
-    "email": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"),
-    "ssn": re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])"),
-    "phone": re.compile(r"(?<![\w-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]\d{3,4}[ .-]\d{3,4}(?![\w-])"),
-}
-"""What gives away how to reach or identify a person."""
+CONTACTS = ("email", "ssn", "phone")
+"""Kinds of `itune_ray.data.pii` that give away how to reach or identify a person."""
 _NUMBER = re.compile(r"\A\s*(?:\d+[.)]|[-*])\s*")
 
 
@@ -135,7 +133,7 @@ def first_question(text: str) -> str | None:
 
 def contacts(text: str) -> tuple[str, ...]:
     """Kinds of contact details in a text."""
-    return tuple(kind for kind, pattern in CONTACTS.items() if pattern.search(text))
+    return tuple(kind for kind in CONTACTS if pii.found(text, kind))
 
 
 def example_weights(harms: Sequence[float], temperature: float) -> list[float]:

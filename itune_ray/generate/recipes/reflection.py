@@ -10,8 +10,10 @@ from itune_ray.config.base import digest
 from itune_ray.config.recipes import ReflectionConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.engine.base import Sampling
 from itune_ray.engine.llm import sampling_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
 
 T = TypeVar("T")
@@ -57,37 +59,56 @@ class Reflection(Chain):
             {"role": "user", "content": instruction},
             {"role": "assistant", "content": answer},
         )
-        written: dict[str, Any] = {"finish_reason": "stop"} if "reflected" in became.values() else _written(row)
-        made = calls.accepted(messages=chat, meta={**row.meta, self.name: became}, **written)
+        facts: dict[str, Any] = {"finish_reason": "stop"} if "reflected" in became.values() else written(row)
+        made = calls.accepted(messages=chat, meta={**row.meta, self.name: became}, **facts)
         return [dataclasses.replace(made, raw=raw)]
 
     async def _reviewed(
         self, name: str, instruction: str, answer: str, parse: Callable[[str], T | None], calls: Calls
     ) -> tuple[T | None, str | None]:
-        """What `parse` finds in a review, after one more try; else None and the last reply."""
-        asked = render(
-            self.prompts[name], instruction=instruction, answer=answer, fence=digest([instruction, answer], length=12)
-        )
-        chat = (
-            {"role": "system", "content": self.prompts["system"].strip()},
-            {"role": "user", "content": asked.strip()},
-        )
-        raw = None
-        for key, sampling in ((name, None), (f"{name}/again", sampling_of(self._config.retry))):
-            try:
-                raw = await calls.ask(key, chat, sampling=sampling)
-            except EndedError as end:
-                if end.failed is not None:
-                    raise
-                raw = end.raw
-                continue
-            found = parse(raw)
-            if found is not None:
-                return found, None
-        return None, raw
+        pair, retry = (instruction, answer), sampling_of(self._config.retry)
+        return await reviewed(calls, name, self.prompts[name], self.prompts["system"], pair, parse, retry)
 
 
-def _written(row: Record) -> dict[str, Any]:
+async def reviewed(
+    calls: Calls,
+    key: str,
+    template: str,
+    system: str,
+    pair: tuple[str, str],
+    parse: Callable[[str], T | None],
+    retry: Sampling,
+) -> tuple[T | None, str | None]:
+    """What `parse` finds in a review, after one more try; else None and the last reply.
+
+    Args:
+        calls: The row's.
+        key: Of the call.
+        template, system: What is asked, and as whom.
+        pair: Instruction and answer to review.
+        parse: None for a reply that cannot be read.
+        retry: How the second try is sampled.
+    """
+    instruction, answer = pair
+    fence = digest([instruction, answer], length=12)
+    asked = render(template, instruction=instruction, answer=answer, fence=fence)
+    chat = ({"role": "system", "content": system.strip()}, {"role": "user", "content": asked.strip()})
+    raw = None
+    for name, sampling in ((key, None), (f"{key}/again", retry)):
+        try:
+            raw = await calls.ask(name, chat, sampling=sampling)
+        except EndedError as end:
+            if end.failed is not None:
+                raise
+            raw = end.raw
+            continue
+        found = parse(raw)
+        if found is not None:
+            return found, None
+    return None, raw
+
+
+def written(row: Record) -> dict[str, Any]:
     """Who wrote the row, for one that stays as it was."""
     return {name: getattr(row, name) for name in ("model", "sampling", "seed", "finish_reason")}
 

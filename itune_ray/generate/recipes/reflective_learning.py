@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from itune_ray.config.recipes import ReflectiveLearningConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
+from itune_ray.engine.templates import render
 from itune_ray.generate.novelty import tokens_of
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, together
 
 DEMANDS: Mapping[str, str] = {

@@ -9,15 +9,8 @@ from itune_ray.config.recipes import RespondConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Completion, Llm, Sampling
-from itune_ray.generate.recipes.base import (
-    builtin_prompt,
-    from_error,
-    last_user_turn,
-    numbered,
-    read_prompt,
-    refused,
-    render,
-)
+from itune_ray.engine.templates import read_template, render
+from itune_ray.generate.recipes.base import builtin_prompt, from_error, last_user_turn, numbered, refused
 
 
 class Respond:
@@ -42,7 +35,7 @@ class Respond:
     def __init__(self, config: RespondConfig):
         self._config = config
         own = config.template
-        self._template = read_prompt(own, "recipe.template") if own else builtin_prompt("respond", "user.jinja")
+        self._template = read_template(own, "recipe.template") if own else builtin_prompt("respond", "user.jinja")
 
     @property
     def rows_per_input(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itune_ray.benchmarks import GRADERS
-from itune_ray.config.recipes import GraderScorer, JudgeScorer
+from itune_ray.config.recipes.preferences import GraderScorer, JudgeScorer
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm, Sample
 from itune_ray.engine.judge import Judge

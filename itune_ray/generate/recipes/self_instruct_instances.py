@@ -8,7 +8,8 @@ from itune_ray.config.recipes import SelfInstructInstancesConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Sampling
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render, task_turn
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, task_turn
 from itune_ray.generate.recipes.chain import Calls, Chain
 
 MOST_READ = 100

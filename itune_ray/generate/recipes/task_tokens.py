@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from itune_ray.config.recipes import Attribute, TaskTokensConfig
+from itune_ray.config.recipes import TaskTokensConfig
+from itune_ray.config.recipes.transforms import Attribute
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Llm

@@ -15,7 +15,8 @@ from itune_ray.config.techniques import Technique as Params
 from itune_ray.config.techniques import TechniqueName
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, render
+from itune_ray.engine.templates import render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, together
 from itune_ray.generate.techniques import TechniqueError, broken_format, enhanced
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import jinja2
 
-from itune_ray.config.recipes import TemplatesConfig, TemplateTask
+from itune_ray.config.recipes import TemplatesConfig
+from itune_ray.config.recipes.transforms import TemplateTask
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record
 from itune_ray.engine.base import Llm
-from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, numbered, read_prompt, refused, render
+from itune_ray.engine.templates import read_template, render
+from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, numbered, refused
 
 TASKS: tuple[TemplateTask, ...] = ("task", "pair", "choice", "classify", "question", "inverted")
 USUAL: Mapping[str, tuple[str, ...]] = {
@@ -70,7 +72,7 @@ class Templates:
     def __init__(self, config: TemplatesConfig):
         self._config = config
         own = config.templates
-        texts = {task: read_prompt(own[task], f"recipe.templates.{task}") for task in own}
+        texts = {task: read_template(own[task], f"recipe.templates.{task}") for task in own}
         self._texts = {task: texts.get(task) or builtin_prompt("templates", f"{task}.jinja") for task in TASKS}
         self._templates = {task: split_templates(text) for task, text in self._texts.items()}
 

@@ -1,0 +1,1 @@
+"""Schemas of the filters of `itune curate`, a module per family."""
