@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from typing import TypedDict
 
 from itune_ray.config.shared import MixturePart
@@ -149,7 +150,7 @@ def unite(parts: Sequence[MixturePart], tables: Sequence[SourceTable]) -> Mixtur
     rows = _told_apart(rows, [table.name for table in tables])
     rows.sort(key=lambda row: row[0].key)
     quarantined = tuple((index, outcome) for index, table in enumerate(tables) for outcome in table.quarantined)
-    _check_keys([(r.key, i) for r, i in rows] + [(o.input_key, i) for i, o in quarantined], tables)
+    _check_keys(chain(((r.key, i) for r, i in rows), ((o.input_key, i) for i, o in quarantined)), tables)
     losers = collisions([record for record, _ in rows], [part for _, part in rows], [part.priority for part in parts])
     members = tuple(Member(record, part, losers.get(record.key)) for record, part in rows)
     return Mixture(tuple(t.name for t in tables), tuple(parts), members, quarantined)
@@ -230,13 +231,14 @@ def _check_names(names: Sequence[str]) -> None:
         raise DataError("two inputs have the same name", got=twice[0], knob="inputs.N.source.name")
 
 
-def _told_apart(rows: Sequence[tuple[Record, int]], names: Sequence[str]) -> list[tuple[Record, int]]:
+def _told_apart(rows: list[tuple[Record, int]], names: Sequence[str]) -> list[tuple[Record, int]]:
     """Rows whose key several parts hold, all of them with the name of their part before their source."""
-    parts_of: defaultdict[str, set[int]] = defaultdict(set)
-    for record, part in rows:
-        parts_of[record.key].add(part)
+    if len(names) < 2:
+        return rows
+    part_of: dict[str, int] = {}
+    shared = {record.key for record, part in rows if part_of.setdefault(record.key, part) != part}
     return [
-        (replace(record, source=f"{names[part]}/{record.source}") if len(parts_of[record.key]) > 1 else record, part)
+        (replace(record, source=f"{names[part]}/{record.source}") if shared and record.key in shared else record, part)
         for record, part in rows
     ]
 

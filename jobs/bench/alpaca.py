@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,8 @@ class PeakMemory:
     """The most that a process and its descendants held together, sampled twice a second, and their CPU seconds."""
 
     def __init__(self, pid: int):
-        self.peak = 0
+        self.peak: dict[str, int] = {}
+        """By role, when all together were the most."""
         self._spent: dict[psutil.Process, float] = {}
         self._process = psutil.Process(pid)
         self._done = threading.Event()
@@ -104,9 +106,22 @@ class PeakMemory:
                 tree = [self._process, *self._process.children(recursive=True)]
             except psutil.Error:
                 return
-            self.peak = max(self.peak, sum(map(_held, tree)))
+            held: Counter[str] = Counter()
+            for process in tree:
+                held[self._role(process)] += _held(process)
+            if held.total() > sum(self.peak.values()):
+                self.peak = dict(held)
             for process in tree:
                 self._spent[process] = max(self._spent.get(process, 0.0), _cpu(process))
+
+    def _role(self, process: psutil.Process) -> str:
+        """The command itself, Ray's workers, or Ray's own processes (the object store is one of them)."""
+        if process == self._process:
+            return "driver"
+        try:
+            return "workers" if process.name().startswith("ray::") else "ray"
+        except psutil.Error:
+            return "ray"
 
     @property
     def cpu_seconds(self) -> float:
@@ -136,6 +151,7 @@ def curate(name: str, inputs: Path, filters: Sequence[dict[str, Any]], root: Pat
         "output": str(root),
         "inputs": [{"source": {"type": "file", "path": str(inputs), "name": "rows"}}],
         "filters": list(filters),
+        "run": {"ray": {"num_cpus": 2, "dashboard": False}},
     }
     file = root / f"{name}.yaml"
     file.write_text(json.dumps(job))
@@ -159,7 +175,8 @@ def curate(name: str, inputs: Path, filters: Sequence[dict[str, Any]], root: Pat
         "rows_per_s": funnel["in"] / seconds,
         "cpu_seconds": memory.cpu_seconds,
         "load": load,
-        "peak_gb": memory.peak / 1e9,
+        "peak_gb": sum(memory.peak.values()) / 1e9,
+        **{f"{role}_gb": held / 1e9 for role, held in memory.peak.items()},
         "kept": funnel["accepted"],
         "ended": funnel["rejected"],
     }
