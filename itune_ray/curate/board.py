@@ -4,6 +4,8 @@ Rows are numbered in the order of their keys, so nothing depends on the order in
 ever turn a standing row into a rejected or failed one; the outcome table at the end holds each row once.
 """
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,8 @@ from itune_ray.data.mixture import Member, Mixture
 from itune_ray.data.records import Record, records_table
 
 REASON_DUPLICATE_OF_SOURCE = "duplicate_of_source"
+ROWS_PER_PART = 2**16
+"""Rows of a part of the outcome table: a million rows need not be in memory twice."""
 
 
 @dataclass(slots=True)
@@ -154,10 +158,27 @@ class Board:
         Further columns: `input` (name of its source), `duplicate_of`, and `score_NAME` for each filter that scores
         (NaN where it did not).
         """
-        members, quarantined = self.mixture.members, self.mixture.quarantined
-        records = records_table(self._records + [o.record for _, o in quarantined])
-        parts = [m.part for m in members] + [part for part, _ in quarantined]
-        ends = [*self._standing, *(_standing_of(outcome) for _, outcome in quarantined)]
+        return pa.concat_tables(self.outcome_parts())
+
+    def outcome_parts(self) -> Iterator[pa.Table]:
+        """`outcomes` in parts of `ROWS_PER_PART` rows; one without rows where none came in."""
+        unread = [outcome.record.key for _, outcome in self.mixture.quarantined]
+        last = sorted(range(len(unread)), key=unread.__getitem__)
+
+        def key(entry: int) -> str:
+            return self._records[entry].key if entry >= 0 else unread[~entry]
+
+        entries = heapq.merge(range(len(self._records)), (~index for index in last), key=key)
+        yield self._part(list(itertools.islice(entries, ROWS_PER_PART)))
+        while part := list(itertools.islice(entries, ROWS_PER_PART)):
+            yield self._part(part)
+
+    def _part(self, entries: Sequence[int]) -> pa.Table:
+        """The outcomes of rows (their numbers) and of quarantined rows (the complements of theirs)."""
+        quarantined = self.mixture.quarantined
+        records = records_table(self._records[i] if i >= 0 else quarantined[~i][1].record for i in entries)
+        parts = [self.part(i) if i >= 0 else quarantined[~i][0] for i in entries]
+        ends = [self._standing[i] if i >= 0 else _standing_of(quarantined[~i][1]) for i in entries]
         columns = {
             "input_key": records["key"],
             "status": [end.status for end in ends],
@@ -170,11 +191,14 @@ class Board:
             "duplicate_of": pa.array([end.duplicate_of for end in ends], pa.string()),
         }
         table = pa.table({**{name: records[name] for name in records.column_names}, **columns})
-        unread = np.full(len(quarantined), np.nan)
+        places = np.array(entries, np.int64)
         for name, scores in sorted(self._scores.items()):
-            table = table.append_column(f"score_{name}", pa.array(np.concatenate([scores, unread])))
+            column = np.full(len(places), np.nan)
+            column[places >= 0] = scores[places[places >= 0]]
+            table = table.append_column(f"score_{name}", pa.array(column))
         extra = [table.schema.field(name) for name in table.column_names if name not in LEDGER_SCHEMA.names]
-        return table.cast(pa.schema([*LEDGER_SCHEMA, *extra])).sort_by("key")
+        types = [pa.field(f.name, pa.string()) if f.name == "input" else f for f in extra]
+        return table.cast(pa.schema([*LEDGER_SCHEMA, *types]))
 
 
 def _standing_of(outcome: Outcome) -> Standing:

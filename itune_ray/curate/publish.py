@@ -2,20 +2,24 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate.board import Board
 from itune_ray.curate.mixing import mix
 from itune_ray.data.artifact import Artifact
-from itune_ray.data.ledger import Funnel, funnel_of, publish_table
+from itune_ray.data.ledger import Funnel, funnel_of, publish_parts
 from itune_ray.data.mixture import Mixture, mix_report
 from itune_ray.data.sources import SourceTable
 from itune_ray.data.yields import by_recipe
 from itune_ray.errors import DataError
+
+COUNTED = ["key", "status", "reason", "cause", "recipe", "num_tokens"]
+"""Columns that the counts are made of."""
 
 
 def publish(
@@ -30,9 +34,16 @@ def publish(
         DataError: Fewer than `min_rows` rows are kept; the tables are written all the same, to be looked at.
     """
     planned = None if job.mixing is None else mix(job.mixing, board, job.max_repeats, job.seed)
-    table = board.outcomes()
+    counted: list[pa.Table] = []
+
+    def parts() -> Iterator[pa.Table]:
+        for part in board.outcome_parts():
+            counted.append(part.select(COUNTED))
+            yield part
+
+    publish_parts(parts(), artifact.folder, {"accepted": "kept"})
+    table = pa.concat_tables(counted)
     funnel = balanced(table, board.mixture)
-    publish_table(table, artifact.folder, {"accepted": "kept"})
     artifact.folder.write_json("mix_report.json", mix_report(board.mixture, board.kept(), job.seed, planned))
     _check_min_rows(job, funnel, artifact)
     sources = [{"source": t.name, "layout": t.layout, "revision": t.revision, "rows": t.rows_in} for t in tables]
@@ -41,7 +52,8 @@ def publish(
 
 def balanced(table: pa.Table, mixture: Mixture) -> Funnel:
     """The counts; raises `DataError` unless every row that was read is there exactly once."""
-    twice = [key for key, count in Counter(table["key"].to_pylist()).items() if count > 1]
+    counts = table.group_by("key").aggregate([([], "count_all")])
+    twice = counts.filter(pc.field("count_all") > 1)["key"].to_pylist()
     if twice:
         raise DataError("a row ended twice", got=twice[0])
     return dataclasses.replace(funnel_of(table), rows_in=mixture.rows_in)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class Link:
     """Sources it applies to; empty for all."""
 
 
-def block_table(rows: Sequence[int], records: Sequence[Record], inputs: Sequence[str]) -> pa.Table:
+def block_table(rows: Sequence[int], records: Iterable[Record], inputs: Sequence[str]) -> pa.Table:
     """`BLOCK_SCHEMA` of numbered records."""
     table = records_table(records)
     return table.append_column("row", pa.array(rows, pa.int64())).append_column("input", pa.array(inputs, pa.string()))

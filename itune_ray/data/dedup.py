@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from itune_ray.data import minhash
-from itune_ray.data.minhash import ShingleSets
 from itune_ray.data.records import Record
+from itune_ray.data.shingles import Hashes, Ids, ShingleSets, shingle_sets
 
 if TYPE_CHECKING:
     import ray.data
@@ -114,23 +114,25 @@ _LOSER_SCHEMA = pa.schema([("id", pa.int64()), ("of", pa.int64())])
 
 
 def _digests(texts: pa.Table, level: int, partitions: int = 1) -> pa.Table:
-    keys = [
+    keys = b"".join(
         hashlib.blake2b(normalise(text, level).encode(), digest_size=16).digest()
         for batch in texts.select(["text"]).to_batches(max_chunksize=ROWS_AT_ONCE)
         for text in batch["text"].to_pylist()
-    ]
-    part = [int.from_bytes(key[:4], "big") % partitions for key in keys]
-    return pa.table({"partition": pa.array(part, pa.int32()), "digest": pa.array(keys, pa.binary()), "id": texts["id"]})
+    )
+    part = np.frombuffer(keys, ">u4")[::4] % partitions
+    digests = pa.Array.from_buffers(pa.binary(16), texts.num_rows, [None, pa.py_buffer(keys)])
+    return pa.table({"partition": part.astype(np.int32), "digest": digests, "id": texts["id"]})
 
 
 def _losers_by_digest(rows: pa.Table) -> pa.Table:
-    best: dict[bytes, int] = {}
-    losers: list[tuple[int, int]] = []
-    for identifier, digest in sorted(zip(rows["id"].to_pylist(), rows["digest"].to_pylist(), strict=True)):
-        winner = best.setdefault(digest, identifier)
-        if winner != identifier:
-            losers.append((identifier, winner))
-    return _pair_table(losers, _LOSER_SCHEMA)
+    """In the order of (digest, id) a row loses to the first one of its digest."""
+    ids = rows["id"].to_numpy()
+    halves = np.frombuffer(b"".join(rows["digest"].to_pylist()), np.uint64).reshape(-1, 2)
+    order = np.lexsort((ids, halves[:, 1], halves[:, 0]))
+    ids, halves = ids[order], halves[order]
+    leads = np.r_[True, (halves[1:] != halves[:-1]).any(axis=1)][: len(ids)]
+    best = ids[np.flatnonzero(leads)][np.cumsum(leads) - 1] if len(ids) else ids
+    return pa.table([ids[~leads], best[~leads]], schema=_LOSER_SCHEMA)
 
 
 def _exact_of(losers: pa.Table) -> Duplicates:
@@ -146,8 +148,8 @@ class NearSettings:
 
     threshold: float = 0.7
     num_perm: int = 128
-    bands: int = 14
-    rows: int = 9
+    bands: int = 32
+    rows: int = 4
     ngram: int = 3
     min_tokens: int = 5
 
@@ -164,46 +166,50 @@ def near_duplicates(texts: pa.Table, settings: NearSettings, blocks: int | None 
         blocks: As in `exact_duplicates`.
     """
     ids, sets = _shingled(texts, settings, blocks)
-    same, distinct = _identical(ids, sets)
-    pairs = _candidates(distinct, sets, settings, blocks)
+    twins, firsts = minhash.identical(sets)
+    pairs = _candidates(np.setdiff1d(np.arange(len(sets)), twins), sets, settings, blocks)
     similarity = _verify(pairs, sets, settings.threshold, blocks)
     near = minhash.leaders(pairs, similarity)
     found = {int(ids[i]): Duplicate(int(ids[of]), score) for i, (of, score) in near.items()}
-    for i, twin in same.items():  # a twin of a row that made way follows it
-        found[int(ids[i])] = found.get(int(ids[twin]), Duplicate(int(ids[twin]), 1.0))
+    for twin, first in zip(ids[twins].tolist(), ids[firsts].tolist(), strict=True):
+        found[twin] = found.get(first, Duplicate(first, 1.0))  # a twin of a row that made way follows it
     return found
 
 
-def _shingled(texts: pa.Table, settings: NearSettings, blocks: int | None) -> tuple[minhash.Ids, ShingleSets]:
+def _shingled(texts: pa.Table, settings: NearSettings, blocks: int | None) -> tuple[Ids, ShingleSets]:
     """Ids in ascending order and the shingle set of each; rows too short to compare are left out."""
+    if np.any(np.diff(texts["id"].to_numpy()) < 0):
+        texts = texts.sort_by("id")
     arguments = {"ngram": settings.ngram, "min_tokens": settings.min_tokens}
     if blocks is None:
-        table = _shingle_table(texts, **arguments)
-    else:
-        mapped = _dataset(texts, blocks).map_batches(partial(_shingle_table, **arguments), **_BLOCKWISE)
-        table = _gathered(mapped, _SHINGLE_SCHEMA)
-    ids = table["id"].to_numpy()
-    if np.any(ids[1:] < ids[:-1]):
+        return _compared(texts, **arguments)
+    mapped = _dataset(texts, blocks).map_batches(partial(_shingle_table, **arguments), **_BLOCKWISE)
+    table = _gathered(mapped, _SHINGLE_SCHEMA)
+    if np.any(np.diff(table["id"].to_numpy()) < 0):
         table = table.sort_by("id")
     return table["id"].to_numpy(), _sets_of(table)
+
+
+def _compared(texts: pa.Table, ngram: int, min_tokens: int) -> tuple[Ids, ShingleSets]:
+    """Ids and shingle sets of the texts that are long enough."""
+    batches = texts.select(["text"]).to_batches(max_chunksize=ROWS_AT_ONCE)
+    sets = shingle_sets((text for batch in batches for text in batch["text"].to_pylist()), ngram, min_tokens)
+    kept = np.flatnonzero(sets.sizes)
+    return texts["id"].to_numpy()[kept], sets.take(kept)
 
 
 _SHINGLE_SCHEMA = pa.schema([("id", pa.int64()), ("shingles", pa.large_list(pa.uint64()))])
 
 
 def _shingle_table(texts: pa.Table, ngram: int, min_tokens: int) -> pa.Table:
-    found: list[minhash.Hashes] = []
-    for batch in texts.select(["text"]).to_batches(max_chunksize=ROWS_AT_ONCE):
-        found.extend(minhash.shingles(text, ngram, min_tokens) for text in batch["text"].to_pylist())
-    kept = np.flatnonzero([len(one) > 0 for one in found])
-    return _set_table(texts["id"].take(pa.array(kept)), ShingleSets.of([found[i] for i in kept]))
+    return _set_table(*_compared(texts, ngram, min_tokens))
 
 
 ROWS_AT_ONCE = 4096
 """Texts that become Python strings at a time."""
 
 
-def _set_table(identifiers: Any, sets: ShingleSets) -> pa.Table:
+def _set_table(identifiers: Ids, sets: ShingleSets) -> pa.Table:
     lists = pa.LargeListArray.from_arrays(sets.offsets, sets.values)
     return pa.table({"id": identifiers, "shingles": lists}).cast(_SHINGLE_SCHEMA)
 
@@ -219,32 +225,36 @@ def _sets_of(table: pa.Table) -> ShingleSets:
 _NO_SETS = pa.array([], _SHINGLE_SCHEMA.field("shingles").type)
 
 
-def _identical(ids: minhash.Ids, sets: ShingleSets) -> tuple[dict[int, int], minhash.Ids]:
-    """Index -> the best index of the same shingle set, and the indices of the distinct sets: crowds of equal texts
-    would fill the buckets with pairs that say nothing."""
-    first: dict[bytes, int] = {}
-    same: dict[int, int] = {}
-    for index in range(len(sets)):
-        twin = first.setdefault(hashlib.blake2b(sets[index].tobytes(), digest_size=16).digest(), index)
-        if twin != index:
-            same[index] = twin
-    return same, np.array([index for index in range(len(ids)) if index not in same], np.int64)
-
-
-def _candidates(distinct: minhash.Ids, sets: ShingleSets, settings: NearSettings, blocks: int | None) -> minhash.Ids:
-    rows = _set_table(distinct, sets.take(distinct))
+def _candidates(distinct: Ids, sets: ShingleSets, settings: NearSettings, blocks: int | None) -> Ids:
+    """Pairs of indices into `sets`, of the distinct sets only: crowds of equal texts would fill the buckets with pairs
+    that say nothing."""
     if blocks is None:
-        return _pairs_of(_pairs_in_partition(_bands(rows, settings, 1)))
+        keys_NB = _keys(sets, settings)[distinct]
+        found = [minhash.candidate_pairs(keys_N, distinct) for keys_N in np.ascontiguousarray(keys_NB.T)]
+        return minhash.distinct_pairs(np.concatenate(found))
+    rows = _set_table(distinct, sets.take(distinct))
     banded = _dataset(rows, blocks).map_batches(partial(_bands, settings=settings, partitions=blocks), **_BLOCKWISE)
-    return _pairs_of(_gathered(_grouped(banded, _pairs_in_partition, blocks), _PAIR_SCHEMA))
+    pairs = _gathered(_grouped(banded, _pairs_in_partition, blocks), _PAIR_SCHEMA)
+    return minhash.distinct_pairs(_pairs_of(pairs))
 
 
+def _keys(sets: ShingleSets, settings: NearSettings) -> Hashes:
+    """Bucket keys [N, B]; the signatures themselves are needed for `SIGNED_AT_ONCE` texts at a time."""
+    keys_NB = np.empty((len(sets), settings.bands), np.uint64)
+    for first in range(0, len(sets), SIGNED_AT_ONCE):
+        offsets = sets.offsets[first : first + SIGNED_AT_ONCE + 1]
+        part = ShingleSets(sets.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        signed = minhash.signatures(part, settings.bands * settings.rows)
+        keys_NB[first : first + len(part)] = minhash.band_hashes(signed, settings.bands, settings.rows)
+    return keys_NB
+
+
+SIGNED_AT_ONCE = 2**14
 _PAIR_SCHEMA = pa.schema([("better", pa.int64()), ("worse", pa.int64())])
 
 
 def _bands(rows: pa.Table, settings: NearSettings, partitions: int) -> pa.Table:
-    signed = minhash.signatures(_sets_of(rows), settings.num_perm)
-    keys = minhash.band_hashes(signed, settings.bands, settings.rows).ravel()
+    keys = _keys(_sets_of(rows), settings).ravel()
     return pa.table(
         {
             "partition": (keys % np.uint64(partitions)).astype(np.int32),
@@ -259,12 +269,11 @@ def _pairs_in_partition(rows: pa.Table) -> pa.Table:
     return pa.table({"better": pairs[:, 0], "worse": pairs[:, 1]}, schema=_PAIR_SCHEMA)
 
 
-def _pairs_of(table: pa.Table) -> minhash.Ids:
-    """Pairs of all partitions, each once: a pair may share several buckets."""
-    return np.unique(np.stack([table["better"].to_numpy(), table["worse"].to_numpy()], axis=1), axis=0)
+def _pairs_of(table: pa.Table) -> Ids:
+    return np.stack([table["better"].to_numpy(), table["worse"].to_numpy()], axis=1)
 
 
-def _verify(pairs: minhash.Ids, sets: ShingleSets, threshold: float, blocks: int | None) -> Any:
+def _verify(pairs: Ids, sets: ShingleSets, threshold: float, blocks: int | None) -> Any:
     if blocks is None or len(pairs) < VERIFY_IN_PROCESS:
         return minhash.verified(pairs, sets, threshold)
     import ray
@@ -278,7 +287,7 @@ def _verify(pairs: minhash.Ids, sets: ShingleSets, threshold: float, blocks: int
     return found["similarity"].to_numpy()
 
 
-VERIFY_IN_PROCESS = 20_000
+VERIFY_IN_PROCESS = 1_000_000
 """Pairs that this process compares as fast as tasks would start."""
 _CHECKED_SCHEMA = pa.schema([*_PAIR_SCHEMA, ("similarity", pa.float64())])
 
@@ -287,9 +296,7 @@ def _verified_pairs(pairs: pa.Table, shared: Any, threshold: float) -> pa.Table:
     import ray
 
     similarity = minhash.verified(_pairs_of(pairs), ray.get(shared), threshold)
-    return pairs.sort_by([("better", "ascending"), ("worse", "ascending")]).append_column(
-        "similarity", pa.array(similarity)
-    )
+    return pairs.append_column("similarity", pa.array(similarity))
 
 
 # --- Ray Data ------------------------------------------------------------------------------------------------------
@@ -322,8 +329,3 @@ def _gathered(dataset: "ray.data.Dataset", schema: pa.Schema) -> pa.Table:
     batches: list[Any] = list(dataset.iter_batches(batch_format="pyarrow", batch_size=None))
     parts = [batch.select(schema.names).cast(schema) for batch in batches if batch.num_rows]
     return pa.concat_tables(parts or [schema.empty_table()])
-
-
-def _pair_table(pairs: list[tuple[int, int]], schema: pa.Schema) -> pa.Table:
-    columns = list(zip(*pairs, strict=True)) or [(), ()]
-    return pa.table([pa.array(c, pa.int64()) for c in columns], schema=schema)

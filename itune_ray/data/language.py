@@ -6,6 +6,7 @@ languages below, which needs a sentence or two; where several fit or none does i
 
 import functools
 import re
+import string
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -246,6 +247,9 @@ def detect(text: str, min_chars: int = 20, confidence: float = 0.65) -> Detected
     return Detected(language if known else UNDETERMINED, script, score if known else 0.0)
 
 
+_ASCII_LETTERS = string.ascii_letters.encode()
+
+
 @functools.lru_cache(maxsize=2**16)
 def script_of(letter: str) -> str | None:
     """ISO 15924 script of a letter by its Unicode name; None for what is no letter or belongs to many scripts."""
@@ -260,6 +264,9 @@ def script_of(letter: str) -> str | None:
 def script_counts(text: str) -> Counter[str]:
     """Letters of a text by script."""
     found: Counter[str] = Counter()
+    if text.isascii():
+        latin = len(text) - len(text.encode().translate(None, _ASCII_LETTERS))
+        return Counter({"Latn": latin} if latin else {})
     for letter, count in Counter(text).items():
         script = script_of(letter)
         if script is not None:
@@ -289,20 +296,20 @@ def _by_words(text: str, script: str) -> tuple[str, float]:
     words, letters = _votes()
     votes: dict[str, float] = defaultdict(float)
     folded = unicodedata.normalize("NFC", text).casefold().replace("’", "'")
-    said = Counter(_WORD.findall(folded))
+    said = _WORD.findall(folded)
     voters: Counter[str] = Counter()
-    for word, count in said.items():
-        for language in words.get(word, ()):
+    for word, count in Counter(filter(words.__contains__, said)).items():
+        for language in words[word]:
             votes[language] += count / len(words[word])
             voters[language] += 1
-    for letter, count in Counter(folded).items():
+    for letter, count in () if folded.isascii() else Counter(folded).items():  # special letters are beyond ASCII
         for language in letters.get(letter, ()):
             votes[language] += LETTER_VOTE * count / len(letters[letter])
             voters[language] += 1
     ranked = sorted(
         ((vote, name) for name, vote in votes.items() if _SCRIPT_OF[name] == script), key=lambda v: (-v[0], v[1])
     )
-    if not ranked or ranked[0][0] < max(1, MIN_VOTES * said.total()) or voters[ranked[0][1]] < MIN_VOTERS:
+    if not ranked or ranked[0][0] < max(1, MIN_VOTES * len(said)) or voters[ranked[0][1]] < MIN_VOTERS:
         return UNDETERMINED, 0.0
     second = ranked[1][0] if len(ranked) > 1 else 0.0
     return ranked[0][1], ranked[0][0] / (ranked[0][0] + second)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from itune_ray.data.records import RECORD_SCHEMA, Record
-from itune_ray.data.storage import Folder
+from itune_ray.data.storage import Folder, TableFile
 from itune_ray.errors import DataError
 
 MERGED = 64
@@ -184,11 +184,19 @@ class Ledger:
 
 def publish_table(table: pa.Table, target: Folder, names: dict[Status, str] | None = None) -> Funnel:
     """Write a table of `LEDGER_SCHEMA` (further columns are kept) as one folder per status, and count it."""
-    statuses: tuple[Status, ...] = ("accepted", "rejected", "failed")
-    for status in statuses:
-        part = table.filter(pc.field("status") == status)
-        target.write_table(f"{(names or {}).get(status, status)}/part-0.parquet", part)
+    publish_parts([table], target, names)
     return funnel_of(table)
+
+
+def publish_parts(parts: Iterable[pa.Table], target: Folder, names: dict[Status, str] | None = None) -> None:
+    """The same of a table that comes in parts, at least one."""
+    statuses: tuple[Status, ...] = ("accepted", "rejected", "failed")
+    files: dict[Status, TableFile] = {status: TableFile() for status in statuses}
+    for part in parts:
+        for status, file in files.items():
+            file.add(part.filter(pc.field("status") == status))
+    for status, file in files.items():
+        target.write_bytes(f"{(names or {}).get(status, status)}/part-0.parquet", file.finished())
 
 
 def funnel_of(table: pa.Table) -> Funnel:

@@ -1,82 +1,25 @@
-"""MinHash-LSH in numpy: shingles, signatures, bands, candidate pairs, verification, representatives (methods D27).
+"""MinHash-LSH in numpy: signatures, bands, candidate pairs, verification, representatives (methods D27).
 
 Nothing here knows rows or Ray. Texts have integer ids; a smaller id is a better text, so that "the better one stays"
-is "the smaller id stays". Shape letters: N texts, S shingles of all texts laid end to end, P permutations, B bands.
+is "the smaller id stays". Shape letters: N texts, S shingles of all texts laid end to end, P permutations, B bands,
+K pairs.
 """
 
 import functools
-import hashlib
-import itertools
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-Hashes = NDArray[np.uint64]
-Ids = NDArray[np.int64]
+from itune_ray.data.shingles import HASH_BITS, Hashes, Ids, ShingleSets, spread
 
 MERSENNE_PRIME = np.uint64(2**61 - 1)
 MAX_HASH = np.uint64(2**32 - 1)
 PERMUTATION_SEED = 1
-SHORT_TEXT_TOKENS = 12
-"""Texts with fewer tokens are cut into pairs of words whatever the n-gram: triples would be too few to compare."""
 CROWD = 256
 """A bucket of more texts than this pairs each of them with its `CROWD` best only, so that it stays linear."""
-_WORD = re.compile(r"\w+")
-
-
-# --- shingles ------------------------------------------------------------------------------------------------------
-
-
-def shingles(text: str, ngram: int = 3, min_tokens: int = 5) -> Hashes:
-    """Sorted 64-bit hashes of the set of word n-grams of a text; empty when it has fewer than `min_tokens` words.
-
-    Words are lower-cased runs of word characters, and an n-gram is its words joined by one space.
-    """
-    words = _WORD.findall(text.lower())
-    if len(words) < min_tokens:
-        return np.empty(0, np.uint64)
-    n = min(ngram, 2) if len(words) < SHORT_TEXT_TOKENS else ngram
-    n = min(n, len(words))
-    encoded = " ".join(words).encode().split(b" ")
-    grams = set(map(b" ".join, zip(*(encoded[i:] for i in range(n)), strict=False)))
-    digests = b"".join([hashed.digest() for hashed in map(_sha1, grams)])
-    return np.sort(np.frombuffer(digests, np.dtype({"names": ["head"], "formats": ["<u8"], "itemsize": 20}))["head"])
-
-
-_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
-
-
-@dataclass(frozen=True)
-class ShingleSets:
-    """The shingle sets of N texts, one after another."""
-
-    values: Hashes
-    offsets: Ids
-    """N + 1 bounds of each text's part of `values`."""
-
-    @classmethod
-    def of(cls, sets: Sequence[Hashes]) -> "ShingleSets":
-        """Lay sets end to end."""
-        values = np.concatenate(sets) if len(sets) else np.empty(0, np.uint64)
-        return cls(values, np.cumsum([0, *(len(s) for s in sets)], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> Hashes:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    def take(self, indices: Ids) -> "ShingleSets":
-        """The sets at ascending indices; no copy where that is all of them."""
-        if len(indices) == len(self):
-            return self
-        chosen = np.zeros(len(self), np.bool_)
-        chosen[indices] = True
-        sizes = np.diff(self.offsets)
-        return ShingleSets(self.values[np.repeat(chosen, sizes)], np.cumsum(np.r_[0, sizes[indices]], dtype=np.int64))
+RECALL = 0.99
+"""Chance of a pair at the threshold to become a candidate that `recall_bands` asks for."""
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
@@ -102,8 +45,8 @@ def permutations(num_perm: int, seed: int = PERMUTATION_SEED) -> tuple[Hashes, H
 def signatures(sets: ShingleSets, num_perm: int = 128) -> NDArray[np.uint32]:
     """MinHash signatures [N, P]: min over a set of h_i(x) = ((a_i·H(x) + b_i) mod (2⁶¹ − 1)) & (2³² − 1).
 
-    H is the low half of the shingle's hash. As in datasketch, a_i·H(x) wraps at 2⁶⁴, so signatures equal its "legacy"
-    scheme bit for bit. No set may be empty.
+    H is the low half of the shingle's hash. As in datasketch, a_i·H(x) wraps at 2⁶⁴, so signatures of equal hashes
+    equal its "legacy" scheme. No set may be empty.
     """
     signature_NP = np.empty((len(sets), num_perm), np.uint32)
     first = 0
@@ -114,30 +57,29 @@ def signatures(sets: ShingleSets, num_perm: int = 128) -> NDArray[np.uint32]:
     return signature_NP
 
 
-CHUNK = 2**14
+CHUNK = 2**15
 """Shingles hashed at once: what they take must stay in a processor's cache."""
 
 
 def _signatures_of(sets: ShingleSets, first: int, last: int, num_perm: int) -> NDArray[np.uint32]:
     """Signatures of the sets from `first` to before `last`.
 
-    With p = 2⁶¹ − 1, x mod p is (x & p) + (x >> 61), less p where that reaches p.
+    With p = 2⁶¹ − 1, the low half of x mod p is that of x + (x >> 61), but for one x in 2⁵⁸, where it is one less.
     """
     a, b = permutations(num_perm)
     start, end = sets.offsets[first], sets.offsets[last]
     base_S = sets.values[start:end] & MAX_HASH
     starts = sets.offsets[first:last] - start
     hashed_S, high_S = np.empty_like(base_S), np.empty_like(base_S)
+    low_S = np.empty(len(base_S), np.uint32)
     signature_PN = np.empty((num_perm, last - first), np.uint32)
     for i in range(num_perm):
         np.multiply(base_S, a[i], out=hashed_S)
         np.add(hashed_S, b[i], out=hashed_S)
         np.right_shift(hashed_S, np.uint64(61), out=high_S)
-        np.bitwise_and(hashed_S, MERSENNE_PRIME, out=hashed_S)
         np.add(hashed_S, high_S, out=hashed_S)
-        if hashed_S.max() >= MERSENNE_PRIME:
-            hashed_S[hashed_S >= MERSENNE_PRIME] -= MERSENNE_PRIME
-        np.minimum.reduceat(hashed_S.astype(np.uint32), starts, out=signature_PN[i])
+        np.copyto(low_S, hashed_S, casting="unsafe")
+        np.minimum.reduceat(low_S, starts, out=signature_PN[i])
     return signature_PN.T
 
 
@@ -147,17 +89,9 @@ def band_hashes(signature_NP: NDArray[np.uint32], bands: int, rows: int) -> Hash
     for band in range(bands):
         mixed = np.full(len(signature_NP), band + 1, np.uint64)
         for column in signature_NP[:, band * rows : (band + 1) * rows].T:
-            mixed = _mix(mixed ^ column.astype(np.uint64))
+            mixed = spread(mixed ^ column.astype(np.uint64))
         keys_NB[:, band] = mixed
     return keys_NB
-
-
-def _mix(x: Hashes) -> Hashes:
-    """The splitmix64 finaliser, a bijection of 64-bit numbers that spreads every bit."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def collision_probability(similarity: float, bands: int, rows: int) -> float:
@@ -170,7 +104,7 @@ def optimal_bands(threshold: float, num_perm: int) -> tuple[int, int]:
     """(bands, rows) with bands·rows ≤ num_perm that minimise ½∫₀ᵗ P(s) ds + ½∫ₜ¹ (1 − P(s)) ds.
 
     The optimum balances both errors and promises no recall: at 0.9 with 128 permutations it finds a pair of similarity
-    0.9 in 31 of 100 cases (`collision_probability`). Since candidates are verified, more bands cost only time.
+    0.9 in 31 of 100 cases (`collision_probability`).
     """
     points, weights = np.polynomial.legendre.leggauss(200)
     below, above = threshold * (points + 1) / 2, threshold + (1 - threshold) * (points + 1) / 2
@@ -181,6 +115,19 @@ def optimal_bands(threshold: float, num_perm: int) -> tuple[int, int]:
             false_negative = float(weights @ ((1 - above**rows) ** bands)) * (1 - threshold) / 2
             best = min(best, (false_positive + false_negative, (bands, rows)), key=lambda scored: scored[0])
     return best[1]
+
+
+@functools.cache
+def recall_bands(threshold: float, num_perm: int) -> tuple[int, int]:
+    """(bands, rows) that find a pair at the threshold with a chance of `RECALL`, of the most rows that do so.
+
+    More rows mean fewer candidates, and bands = ⌊num_perm / rows⌋ of them are all that the signature gives. False
+    candidates cost time alone, since candidates are verified. Where even one row misses the aim, one row.
+    """
+    for rows in range(num_perm, 1, -1):
+        if collision_probability(threshold, num_perm // rows, rows) >= RECALL:
+            return num_perm // rows, rows
+    return num_perm, 1
 
 
 # --- candidates and decisions --------------------------------------------------------------------------------------
@@ -196,39 +143,102 @@ def candidate_pairs(keys: Hashes, ids: Ids) -> Ids:
     order = np.lexsort((ids, keys))
     keys, ids = keys[order], ids[order]
     bounds = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1], True]) if len(keys) else np.zeros(1, np.int64)
+    sizes = np.diff(bounds)
+    crowded = sizes > CROWD
+    found = [_small_buckets(keys, ids, np.repeat(~crowded, sizes))]
+    for bucket in np.flatnonzero(crowded):
+        members = np.unique(ids[bounds[bucket] : bounds[bucket + 1]])
+        left, right = np.meshgrid(np.arange(CROWD), np.arange(len(members)))
+        found.append(np.stack([members[left[left < right]], members[right[left < right]]], axis=1))
+    return distinct_pairs(np.concatenate(found))
+
+
+def distinct_pairs(pairs: Ids) -> Ids:
+    """Pairs [K, 2] sorted, each once; ids are below 2³¹."""
+    ordered = np.sort((pairs[:, 0] << 32) | pairs[:, 1])
+    ordered = ordered[np.r_[True, ordered[1:] != ordered[:-1]]] if len(ordered) else ordered
+    return np.stack([ordered >> 32, ordered & (2**32 - 1)], axis=1)
+
+
+def _small_buckets(keys: Hashes, ids: Ids, small: NDArray[np.bool_]) -> Ids:
+    """All pairs within buckets, in the order of (key, id): each entry with the next one, with the one after, ..."""
+    keys, ids = keys[small], ids[small]
+    left = np.arange(len(keys))
     found = [np.empty((0, 2), np.int64)]
-    for start, end in itertools.pairwise(bounds):
-        if end - start > 1:
-            found.append(_pairs_in(np.unique(ids[start:end])))
-    return np.unique(np.concatenate(found), axis=0)
+    for step in range(1, CROWD):
+        left = left[: np.searchsorted(left, len(keys) - step)]
+        left = left[keys[left] == keys[left + step]]
+        if not len(left):
+            break
+        found.append(np.stack([ids[left], ids[left + step]], axis=1))
+    pairs = np.concatenate(found)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def _repeated(keys: Hashes) -> NDArray[np.bool_]:
     """Which keys occur more than once: few, so that only those need the slower sort by id."""
     ordered = np.sort(keys)
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(repeated):
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
         return np.zeros(len(keys), np.bool_)
+    repeated = twice[np.r_[True, twice[1:] != twice[:-1]]]
     at = np.searchsorted(repeated, keys)
     at[at == len(repeated)] = 0
     return repeated[at] == keys
 
 
-def _pairs_in(members: Ids) -> Ids:
-    left, right = np.triu_indices(len(members), k=1) if len(members) <= CROWD else _crowded(len(members))
-    return np.stack([members[left], members[right]], axis=1)
+PAIRS_AT_ONCE = 2 ** (64 - HASH_BITS)
+"""Pairs compared together: the number of a pair and the hash of a shingle make one sortable number."""
 
 
-def _crowded(size: int) -> tuple[Ids, Ids]:
-    left, right = np.meshgrid(np.arange(CROWD), np.arange(size))
-    forward = left < right
-    return left[forward], right[forward]
+def similarities(pairs: Ids, sets: ShingleSets) -> NDArray[np.float64]:
+    """Jaccard similarity of each pair of indices into `sets`; 0 for two empty ones."""
+    parts = [_similarities(pairs[i : i + PAIRS_AT_ONCE], sets) for i in range(0, len(pairs), PAIRS_AT_ONCE)]
+    return np.concatenate([np.empty(0), *parts])
+
+
+def _similarities(pairs_K2: Ids, sets: ShingleSets) -> NDArray[np.float64]:
+    """What occurs twice under the number of a pair is in both of its sets."""
+    sizes_K2 = sets.sizes[pairs_K2]
+    numbered = np.concatenate(list(_numbered(pairs_K2, sizes_K2, sets)))
+    numbered.sort()
+    twice = numbered[1:][numbered[1:] == numbered[:-1]] >> np.uint64(HASH_BITS)
+    common_K = np.bincount(twice.astype(np.int64), minlength=len(pairs_K2))
+    return common_K / np.maximum(1, sizes_K2.sum(axis=1) - common_K)
+
+
+def _numbered(pairs_K2: Ids, sizes_K2: Ids, sets: ShingleSets) -> Iterator[Hashes]:
+    """The shingles of either side, the number of their pair above them."""
+    for side_K, sizes_K in zip(pairs_K2.T, sizes_K2.T, strict=True):
+        number = np.repeat(np.arange(len(side_K), dtype=np.uint64), sizes_K)
+        before = np.cumsum(sizes_K) - sizes_K
+        place = np.arange(sizes_K.sum()) + np.repeat(sets.offsets[side_K] - before, sizes_K)
+        yield (number << np.uint64(HASH_BITS)) | sets.values[place]
 
 
 def verified(pairs: Ids, sets: ShingleSets, threshold: float) -> NDArray[np.float64]:
     """True Jaccard similarity of each pair of indices into `sets`, NaN where it is below the threshold."""
-    found = np.array([jaccard(sets[int(i)], sets[int(j)]) for i, j in pairs], dtype=np.float64)
+    found = similarities(pairs, sets)
     return np.where(found >= threshold, found, np.nan)
+
+
+def identical(sets: ShingleSets) -> tuple[Ids, Ids]:
+    """Indices of the sets that equal one before them, and the first such index of each.
+
+    Equal sets have equal sums of spread hashes and equal sizes; what has is then compared.
+    """
+    sums = np.zeros(len(sets), np.uint64)
+    filled = np.flatnonzero(sets.sizes)
+    if len(filled):
+        for part in np.array_split(filled, max(1, len(sets.values) // CHUNK)):
+            if len(part):
+                start, end = sets.offsets[part[0]], sets.offsets[part[-1] + 1]
+                sums[part] = np.add.reduceat(spread(sets.values[start:end]), sets.offsets[part] - start)
+    _, first, inverse = np.unique(sums ^ sets.sizes.astype(np.uint64), return_index=True, return_inverse=True)
+    twin = first[inverse]
+    pairs = np.stack([twin, np.arange(len(sets))], axis=1)[twin != np.arange(len(sets))]
+    pairs = pairs[(similarities(pairs, sets) == 1) | (sets.sizes[pairs].sum(axis=1) == 0)]
+    return pairs[:, 1], pairs[:, 0]
 
 
 def leaders(pairs: Ids, similarity: NDArray[np.float64]) -> dict[int, tuple[int, float]]:

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from typing import TypedDict
 
 from itune_ray.config.shared import MixturePart
@@ -149,7 +150,7 @@ def unite(parts: Sequence[MixturePart], tables: Sequence[SourceTable]) -> Mixtur
     ]
     rows.sort(key=lambda row: row[0].key)
     quarantined = tuple((index, outcome) for index, table in enumerate(tables) for outcome in table.quarantined)
-    _check_keys([(r.key, i) for r, i in rows] + [(o.input_key, i) for i, o in quarantined], tables)
+    _check_keys(chain(((r.key, i) for r, i in rows), ((o.input_key, i) for i, o in quarantined)), tables)
     losers = collisions([record for record, _ in rows], [part for _, part in rows], [part.priority for part in parts])
     members = tuple(Member(record, part, losers.get(record.key)) for record, part in rows)
     return Mixture(tuple(t.name for t in tables), tuple(parts), members, quarantined)

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import itertools
 import posixpath
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,11 +78,14 @@ def told_apart(tables: Sequence[SourceTable]) -> list[SourceTable]:
     Payloads of artifacts keep their keys, so a stage read beside the one before it holds keys twice. The source of each
     such row becomes `NAME/SOURCE`, with its table's name; `meta.renamed_from` is the source that it had.
     """
-    holders: defaultdict[str, set[int]] = defaultdict(set)
+    if len(tables) < 2:
+        return list(tables)
+    holder: dict[str, int] = {}
+    shared: set[str] = set()
     for number, table in enumerate(tables):
-        for record in (*table.records, *(outcome.record for outcome in table.quarantined)):
-            holders[record.key].add(number)
-    shared = {key for key, numbers in holders.items() if len(numbers) > 1}
+        for record in itertools.chain(table.records, (outcome.record for outcome in table.quarantined)):
+            if holder.setdefault(record.key, number) != number:
+                shared.add(record.key)
     return [_renamed(table, shared) for table in tables] if shared else list(tables)
 
 

@@ -163,9 +163,9 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """A Parquet file, whole or not at all; encoded in memory, since a store publishes even a stream that broke."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.write_bytes(name, sink.getvalue())
+        file = TableFile()
+        file.add(table)
+        self.write_bytes(name, file.finished())
 
     def append_line(self, name: str, line: str) -> None:
         """Add a line to a small log; on an object store, which cannot append, the file is written anew."""
@@ -212,6 +212,27 @@ class Folder:
             os.replace(partial, target)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+
+class TableFile:
+    """A Parquet file in memory, made of one or more tables of one schema; each is a row group or several."""
+
+    def __init__(self) -> None:
+        self._sink = pa.BufferOutputStream()
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table) -> None:
+        """Encode a table."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._sink, table.schema, compression="zstd")
+        if table.num_rows:
+            self._writer.write_table(table)
+
+    def finished(self) -> pa.Buffer:
+        """The file, after at least one table."""
+        assert self._writer is not None
+        self._writer.close()
+        return self._sink.getvalue()
 
 
 def _is_partial(name: str) -> bool:

@@ -4,11 +4,12 @@
 (default ../shared) and prints JSON lines, each with the load of the machine when it began:
 
 - curate: 52,002 rows through `itune curate`: exact and near duplicates, leaks of five benchmarks, language tags.
-- near: near deduplication of the same rows, one library after the other, all with 14 bands of 9 rows and the same
-  shingles. Alpaca has few near duplicates, so recall is measured on a sample of its rows and an edited copy of each:
-  the share that is found of the pairs that brute force finds among them. datasketch is a development dependency;
-  rensa (`pip install --target FOLDER rensa`, FOLDER on PYTHONPATH) is left out where it is missing. Neither checks
-  its candidates as this project does.
+- near: near deduplication of the same rows at 0.7 with 128 permutations and the same shingles, one library after the
+  other, ours with its own bands (32 of 4 rows), the others with those that datasketch takes by itself (14 of 9 rows)
+  and then with ours. Alpaca has few near duplicates, so recall is measured on a sample of its rows and an edited copy
+  of each: the share that is found of the pairs that brute force finds among them. datasketch is a development
+  dependency; rensa (`pip install --target FOLDER rensa`, FOLDER on PYTHONPATH) is left out where it is missing.
+  Neither checks its candidates as this project does; `false` are the candidates of the sample that are no such pairs.
 - scale: a tenth of the rows, then all: Alpaca repeated with word edits through exact and near deduplication and
   language tags.
 
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,15 @@ import psutil
 import pyarrow as pa
 
 from itune_ray.data.dedup import TEXT_SCHEMA, NearSettings, near_duplicates
-from itune_ray.data.minhash import SHORT_TEXT_TOKENS, ShingleSets, band_hashes, shingles, signatures
+from itune_ray.data.minhash import (
+    band_hashes,
+    candidate_pairs,
+    distinct_pairs,
+    optimal_bands,
+    signatures,
+    similarities,
+)
+from itune_ray.data.shingles import SHORT_TEXT_TOKENS, shingle_sets
 
 BENCHMARKS = {
     "mmlu": "mmlu/test.jsonl.gz",
@@ -75,7 +85,8 @@ class PeakMemory:
     """The most that a process and its descendants held together, sampled twice a second, and their CPU seconds."""
 
     def __init__(self, pid: int):
-        self.peak = 0
+        self.peak: dict[str, int] = {}
+        """By role, when all together were the most."""
         self._spent: dict[psutil.Process, float] = {}
         self._process = psutil.Process(pid)
         self._done = threading.Event()
@@ -95,9 +106,22 @@ class PeakMemory:
                 tree = [self._process, *self._process.children(recursive=True)]
             except psutil.Error:
                 return
-            self.peak = max(self.peak, sum(map(_held, tree)))
+            held: Counter[str] = Counter()
+            for process in tree:
+                held[self._role(process)] += _held(process)
+            if held.total() > sum(self.peak.values()):
+                self.peak = dict(held)
             for process in tree:
                 self._spent[process] = max(self._spent.get(process, 0.0), _cpu(process))
+
+    def _role(self, process: psutil.Process) -> str:
+        """The command itself, Ray's workers, or Ray's own processes (the object store is one of them)."""
+        if process == self._process:
+            return "driver"
+        try:
+            return "workers" if process.name().startswith("ray::") else "ray"
+        except psutil.Error:
+            return "ray"
 
     @property
     def cpu_seconds(self) -> float:
@@ -127,6 +151,7 @@ def curate(name: str, inputs: Path, filters: Sequence[dict[str, Any]], root: Pat
         "output": str(root),
         "inputs": [{"source": {"type": "file", "path": str(inputs), "name": "rows"}}],
         "filters": list(filters),
+        "run": {"ray": {"num_cpus": 2, "dashboard": False}},
     }
     file = root / f"{name}.yaml"
     file.write_text(json.dumps(job))
@@ -150,7 +175,8 @@ def curate(name: str, inputs: Path, filters: Sequence[dict[str, Any]], root: Pat
         "rows_per_s": funnel["in"] / seconds,
         "cpu_seconds": memory.cpu_seconds,
         "load": load,
-        "peak_gb": memory.peak / 1e9,
+        "peak_gb": sum(memory.peak.values()) / 1e9,
+        **{f"{role}_gb": held / 1e9 for role, held in memory.peak.items()},
         "kept": funnel["accepted"],
         "ended": funnel["rejected"],
     }
@@ -204,18 +230,23 @@ def ours(texts: Sequence[str]) -> int:
     return len(near_duplicates(table, NEAR))
 
 
-def our_pairs(texts: Sequence[str], pairs: Sequence[Pair]) -> list[bool]:
-    """Whether each pair shares a bucket."""
-    sets = ShingleSets.of([shingles(text) for text in texts])
-    keys = band_hashes(signatures(sets, NEAR.num_perm), NEAR.bands, NEAR.rows)
-    return [bool((keys[i] == keys[j]).any()) for i, j in pairs]
+def our_pairs(texts: Sequence[str]) -> set[Pair]:
+    """Pairs that are candidates and pass the check."""
+    sets = shingle_sets(texts)
+    keys_BN = np.ascontiguousarray(band_hashes(signatures(sets, NEAR.num_perm), NEAR.bands, NEAR.rows).T)
+    found = distinct_pairs(np.concatenate([candidate_pairs(keys_N, np.arange(len(sets))) for keys_N in keys_BN]))
+    return {(i, j) for i, j in found[similarities(found, sets) >= NEAR.threshold].tolist()}
 
 
-def of_datasketch(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[Any]]]:
-    """Texts that share a bucket with one before them, and candidates by number."""
+Found = tuple[int, Callable[[], set[Pair]]]
+"""Texts that share a bucket with one before them, and all pairs that share one."""
+
+
+def of_datasketch(texts: Sequence[str], bands: int, rows: int) -> Found:
+    """datasketch as its documentation has it."""
     import datasketch
 
-    index = datasketch.MinHashLSH(num_perm=NEAR.num_perm, params=(NEAR.bands, NEAR.rows))
+    index = datasketch.MinHashLSH(num_perm=NEAR.num_perm, params=(bands, rows))
     sketches: list[Any] = []
     losers = 0
     for number, text in enumerate(texts):
@@ -224,23 +255,29 @@ def of_datasketch(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[A
         losers += bool(index.query(sketch))
         index.insert(number, sketch)
         sketches.append(sketch)
-    return losers, lambda number: index.query(sketches[number])
+
+    def pairs() -> set[Pair]:
+        found: list[list[Any]] = [index.query(sketch) for sketch in sketches]
+        return {(i, j) for j, others in enumerate(found) for i in others if i < j}
+
+    return losers, pairs
 
 
-def of_rensa(texts: Sequence[str]) -> tuple[int, Callable[[int], Sequence[Any]]]:
-    """As above; its permutations must be a multiple of its bands: 126 of the 128, the same curve."""
+def of_rensa(texts: Sequence[str], bands: int, rows: int) -> Found:
+    """rensa by its batch calls; its permutations must be a multiple of its bands: 126 of the 128 for 14 bands."""
     rensa: Any = importlib.import_module("rensa")
-    num_perm = NEAR.bands * NEAR.rows
+    num_perm = bands * rows
     sketches = rensa.RMinHash.from_token_sets([list(grams(text)) for text in texts], num_perm, 1)
-    index = rensa.RMinHashLSH(NEAR.threshold, num_perm, NEAR.bands)
+    index = rensa.RMinHashLSH(NEAR.threshold, num_perm, bands)
     index.insert_many(sketches)
-    losers = sum(min(found) < number for number, found in enumerate(index.query_all(sketches)))
-    return losers, lambda number: index.query(sketches[number])
+    found = index.query_all(sketches)
+    losers = sum(min(others) < number for number, others in enumerate(found))
+    return losers, lambda: {(i, j) for j, others in enumerate(found) for i in others if i < j}
 
 
 def brute_force(texts: Sequence[str]) -> list[Pair]:
     """All pairs of Jaccard similarity at the threshold or above, each text compared with every text."""
-    sets = ShingleSets.of([shingles(text) for text in texts])
+    sets = shingle_sets(texts)
     sizes = np.diff(sets.offsets)
     order = np.argsort(sets.values, kind="stable")
     values, owners = sets.values[order], np.repeat(np.arange(len(sets)), sizes)[order]
@@ -265,24 +302,31 @@ def doubled(rows: Sequence[dict[str, str]], sample: int) -> list[str]:
 
 def near_part(sample: int) -> None:
     """Seconds and recall of each library."""
-    rows = alpaca_rows()
-    texts = [text for text in map(full_text, rows) if grams(text)]
-    known = doubled(rows, sample)
-    pairs = brute_force(known)
-    found, base = timed(lambda: ours(texts))
-    hits = our_pairs(known, pairs)
-    say("near", library="itune_ray", rows=len(texts), **base, dropped=found, **_recall(hits))
+    texts = [text for text in map(full_text, alpaca_rows()) if grams(text)]
+    known = doubled(alpaca_rows(), sample)
+    true = set(brute_force(known))
+    ours(texts[:100])
+    dropped, base = timed(lambda: ours(texts))
+    say(
+        "near",
+        library="itune_ray",
+        bands=NEAR.bands,
+        rows=len(texts),
+        **base,
+        dropped=dropped,
+        **_of(true, our_pairs(known)),
+    )
     for name, run in {"datasketch": of_datasketch, "rensa": of_rensa}.items():
         try:
             importlib.import_module(name)
         except ImportError:
             print(f"{name} is not installed: left out", file=sys.stderr)
             continue
-        (flagged, _), took = timed(partial(run, texts))
-        _, candidates = run(known)
-        hits = [j in candidates(i) for i, j in pairs]
-        ratios = {f"{unit}_ratio": took[unit] / base[unit] for unit in ("seconds", "cpu_seconds")}
-        say("near", library=name, **took, **ratios, flagged=flagged, **_recall(hits))
+        for bands, rows in (optimal_bands(NEAR.threshold, NEAR.num_perm), (NEAR.bands, NEAR.rows)):
+            (flagged, _), took = timed(partial(run, texts, bands, rows))
+            _, candidates = run(known, bands, rows)
+            ratios = {f"{unit}_ratio": took[unit] / base[unit] for unit in ("seconds", "cpu_seconds")}
+            say("near", library=name, bands=bands, **took, **ratios, flagged=flagged, **_of(true, candidates()))
 
 
 def timed(work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
@@ -297,8 +341,8 @@ def timed(work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
     }
 
 
-def _recall(hits: Sequence[bool]) -> dict[str, Any]:
-    return {"true_pairs": len(hits), "recall": sum(hits) / max(1, len(hits))}
+def _of(true: set[Pair], found: set[Pair]) -> dict[str, Any]:
+    return {"true_pairs": len(true), "recall": len(true & found) / max(1, len(true)), "false": len(found - true)}
 
 
 # --- a million rows ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +21,11 @@ from itune_ray.curate.steps import check_steps, make_steps, passes
 from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, block_table, judge_block
 from itune_ray.data.dedup import slices
 from itune_ray.data.formats import quarantine
-from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
+from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome, publish_parts
 from itune_ray.data.mixture import Mixture, unite
 from itune_ray.data.records import Record
 from itune_ray.data.sources import SourceTable
+from itune_ray.data.storage import Folder
 from itune_ray.errors import ConfigError, DataError
 
 
@@ -62,6 +64,23 @@ def test_every_row_has_one_outcome_with_its_reason():
         "rejected": {"bad": 1, "broken_json": 2},
         "failed": {"dead": 1},
     }
+
+
+def test_parts_are_the_table_cut_up(monkeypatch, tmp_path):
+    board = Board(mixture((7, 4), unread=2))
+    board.reject(0, "bad", "f", score=0.2)
+    board.score("judge", 10, 4.5)
+    whole = board.outcomes()
+    monkeypatch.setattr("itune_ray.curate.board.ROWS_PER_PART", 3)
+    parts = list(board.outcome_parts())
+    assert [part.num_rows for part in parts] == [3, 3, 3, 3, 3]
+    assert repr(pa.concat_tables(parts).to_pylist()) == repr(whole.to_pylist())
+    assert whole["key"].to_pylist() == sorted(whole["key"].to_pylist())
+    publish_parts(parts, Folder.at(tmp_path))
+    written = [Folder.at(tmp_path).read_table(status) for status in ("accepted", "rejected", "failed")]
+    assert [table.num_rows for table in written] == [10, 5, 0]
+    assert written[2].schema.equals(whole.schema)
+    assert repr(sorted(map(str, pa.concat_tables(written).to_pylist()))) == repr(sorted(map(str, whole.to_pylist())))
 
 
 def test_a_lost_or_doubled_row_is_noticed():

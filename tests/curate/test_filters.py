@@ -332,12 +332,13 @@ def test_a_filter_that_returns_nonsense_fails_its_rows():
 
 
 def test_minhash_says_what_it_will_find():
-    facts = configured(type="minhash_dedup", threshold=0.9).facts()
-    assert (facts["bands"], facts["rows"]) == (5, 25)
-    assert facts["recall_at_threshold"] == pytest.approx(0.31, abs=0.005)
-    assert configured(type="minhash_dedup", bands=25, rows=5).facts()["recall_at_threshold"] == pytest.approx(
-        0.990, abs=5e-4
-    )
+    facts = configured(type="minhash_dedup").facts()
+    assert (facts["bands"], facts["rows"]) == (32, 4)
+    assert facts["recall_at_threshold"] >= 0.99
+    given = configured(type="minhash_dedup", bands=25, rows=5).facts()
+    assert given["recall_at_threshold"] == pytest.approx(0.990, abs=5e-4)
+    weighted = configured(type="minhash_dedup", threshold=0.9, bands=5, rows=25).facts()
+    assert weighted["recall_at_threshold"] == pytest.approx(0.31, abs=0.005)
 
 
 @pytest.mark.parametrize("given", [{"bands": 5}, {"rows": 5}, {"bands": 20, "rows": 9}])

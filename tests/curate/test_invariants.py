@@ -98,6 +98,8 @@ def curated(records: Sequence[Record], filters: Sequence[dict[str, Any]], blocks
     tree = {"name": "run", "inputs": inputs, "filters": list(filters), "min_rows": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_verdicts", verdicts)
+        if blocks > 1:
+            patch.setattr(stage, "ROWS_IN_FLIGHT", blocks)
         patch.setattr("itune_ray.curate.publish._check_min_rows", lambda *_: None)
         job = validate(CurateJob, tree, "x")
         return stage.run(job, RunStore(str(root), "run"), "curate", EngineHost(), Progress(quiet=True))

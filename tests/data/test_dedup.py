@@ -1,7 +1,9 @@
 """Deduplication: known answers, parity with datasketch, brute force, and independence of order and blocks."""
 
+import hashlib
 import itertools
 import random
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +13,16 @@ from hypothesis import strategies as st
 
 from itune_ray.data import dedup, minhash
 from itune_ray.data.dedup import TEXT_SCHEMA, NearSettings, exact_duplicates, near_duplicates, normalise
-from itune_ray.data.minhash import ShingleSets, collision_probability, jaccard, optimal_bands, shingles, signatures
+from itune_ray.data.minhash import (
+    collision_probability,
+    jaccard,
+    optimal_bands,
+    recall_bands,
+    signatures,
+    similarities,
+)
 from itune_ray.data.records import Record
+from itune_ray.data.shingles import ShingleSets, shingle_sets, shingles
 
 EVEN = "write a function that takes a list of integers and returns the sum of the even numbers in the list"
 ODD = EVEN.replace("even", "odd")
@@ -20,6 +30,18 @@ ODD = EVEN.replace("even", "odd")
 
 def texts_table(texts: list[str]) -> pa.Table:
     return pa.table({"id": range(len(texts)), "text": texts}, schema=TEXT_SCHEMA)
+
+
+def grams(text: str, ngram: int = 3, min_tokens: int = 5) -> set[str]:
+    """The shingles of a text as the definition has them."""
+    words = re.findall(r"\w+", text.lower())
+    n = min(len(words), ngram if len(words) >= 12 else min(ngram, 2))
+    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)} if len(words) >= min_tokens else set()
+
+
+def sha1_shingles(text: str) -> np.ndarray:
+    """Shingles under the hash that datasketch takes by default."""
+    return np.array([int.from_bytes(hashlib.sha1(gram.encode()).digest()[:4], "little") for gram in grams(text)], "u8")
 
 
 def planted(num: int, seed: int = 0) -> list[str]:
@@ -72,7 +94,7 @@ def test_the_even_and_odd_sentences():
     assert np.intersect1d(a, b).size == 15
     assert np.union1d(a, b).size == 21
     assert jaccard(a, b) == pytest.approx(15 / 21)
-    first, second = signatures(ShingleSets.of([a, b]))
+    first, second = signatures(ShingleSets.of([sha1_shingles(EVEN), sha1_shingles(ODD)]))
     assert np.mean(first == second) == 0.734375
     assert jaccard(a, shingles("nothing of this is in the other sentence at all today my friend")) == 0
 
@@ -84,7 +106,7 @@ def test_signatures_are_datasketchs_bit_for_bit(num_perm):
         words = text.split()
         theirs = datasketch.MinHash(num_perm=num_perm, seed=1, scheme="legacy")
         theirs.update_batch([" ".join(words[i : i + 3]).encode() for i in range(len(words) - 2)])
-        (ours,) = signatures(ShingleSets.of([shingles(text)]), num_perm)
+        (ours,) = signatures(ShingleSets.of([sha1_shingles(text)]), num_perm)
         assert ours.tolist() == theirs.hashvalues.tolist()
 
 
@@ -99,6 +121,54 @@ def test_a_signature_is_an_unbiased_estimate():
         errors.append(float(np.mean(first == second)) - jaccard(a, b))
     assert max(map(abs, errors)) <= 4 / np.sqrt(128)
     assert abs(np.mean(errors)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("threshold", "num_perm", "expected"), [(0.7, 128, (32, 4)), (0.9, 128, (12, 10)), (0.5, 128, (42, 3))]
+)
+def test_recall_bands_find_what_is_at_the_threshold(threshold, num_perm, expected):
+    bands, rows = recall_bands(threshold, num_perm)
+    assert (bands, rows) == expected
+    assert collision_probability(threshold, bands, rows) >= 0.99
+    assert collision_probability(threshold, num_perm // (rows + 1), rows + 1) < 0.99
+
+
+letters = "aAbZ09_ -'\n.éßİſΣσς\u0301ñ\u0660中文\U0001d400\ud800²\u00a0"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text(letters, max_size=60), max_size=8), st.integers(1, 4), st.integers(1, 6))
+def test_shingles_are_those_of_the_definition(texts, ngram, min_tokens):
+    """Two n-grams have one hash exactly when they are equal, whatever text and chunk they are in."""
+    sets = shingle_sets(texts, ngram, min_tokens)
+    for i, text in enumerate(texts):
+        assert len(sets[i]) == len(grams(text, ngram, min_tokens))
+        assert sets[i].tolist() == sorted(sets[i].tolist())
+    for i, j in itertools.product(range(len(texts)), repeat=2):
+        shared = grams(texts[i], ngram, min_tokens) & grams(texts[j], ngram, min_tokens)
+        assert len(np.intersect1d(sets[i], sets[j])) == len(shared)
+
+
+def test_chunks_decide_nothing(monkeypatch):
+    texts = [*planted(30), "", "é " * 40, *planted(5, 1)]
+    whole = shingle_sets(texts)
+    for name, size in {"CHUNK_TEXTS": 3, "CHUNK_CHARACTERS": 50}.items():
+        monkeypatch.setattr(f"itune_ray.data.shingles.{name}", size)
+        cut = shingle_sets(texts)
+        assert cut.values.tolist() == whole.values.tolist()
+        assert cut.offsets.tolist() == whole.offsets.tolist()
+    assert [shingles(text).tolist() for text in texts] == [whole[i].tolist() for i in range(len(texts))]
+
+
+def test_similarities_are_those_of_sets(monkeypatch):
+    texts = [*planted(40), "", "too short"]
+    sets = shingle_sets(texts)
+    pairs = np.array(list(itertools.product(range(len(texts)), repeat=2)))
+    monkeypatch.setattr(minhash, "PAIRS_AT_ONCE", 100)
+    of = [grams(text) for text in texts]
+    expected = [len(of[i] & of[j]) / max(1, len(of[i] | of[j])) for i, j in pairs]
+    assert similarities(pairs, sets) == pytest.approx(expected)
+    assert [jaccard(sets[i], sets[j]) for i, j in pairs] == pytest.approx(expected)
 
 
 def test_short_texts_use_pairs_of_words_and_shorter_ones_none():
@@ -231,6 +301,14 @@ def test_a_chain_does_not_drop_what_is_unlike_the_one_that_stays():
 def test_a_twin_of_a_dropped_text_follows_it():
     found = near_duplicates(texts_table([EVEN, ODD, ODD]), NearSettings(threshold=0.7, bands=128, rows=1))
     assert {i: d.of for i, d in found.items()} == {1: 0, 2: 0}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20)), max_size=60))
+def test_candidates_are_all_pairs_of_a_bucket(entries):
+    keys, ids = (np.array([entry[side] for entry in entries], np.int64) for side in (0, 1))
+    pairs = {(i, j) for (k, i), (other, j) in itertools.product(entries, repeat=2) if k == other and i < j}
+    assert list(map(tuple, minhash.candidate_pairs(keys.astype(np.uint64), ids).tolist())) == sorted(pairs)
 
 
 def test_crowded_buckets_stay_linear_and_keep_their_best():

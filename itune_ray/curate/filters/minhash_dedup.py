@@ -1,13 +1,13 @@
 """Near deduplication: MinHash-LSH candidates, verified (methods D27)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from itune_ray.config.curate import MinhashDedupConfig
 from itune_ray.curate.filters.base import GroupFilter
 from itune_ray.data.dedup import Duplicates, NearSettings, near_duplicates, near_text
-from itune_ray.data.minhash import collision_probability, optimal_bands
+from itune_ray.data.minhash import collision_probability, recall_bands
 from itune_ray.data.records import Record
 from itune_ray.errors import ConfigError
 
@@ -15,6 +15,7 @@ from itune_ray.errors import ConfigError
 class MinhashDedup(GroupFilter):
     """Drops rows whose word n-grams have Jaccard similarity ≥ threshold with those of a better row that stays."""
 
+    version: ClassVar[int] = 2
     reason = "near_duplicate"
 
     def __init__(self, config: MinhashDedupConfig):
@@ -43,7 +44,7 @@ class MinhashDedup(GroupFilter):
 
 def _bands(config: MinhashDedupConfig) -> tuple[int, int]:
     if config.bands is None and config.rows is None:
-        return optimal_bands(config.threshold, config.num_perm)
+        return recall_bands(config.threshold, config.num_perm)
     if config.bands is None or config.rows is None:
         raise ConfigError(
             "minhash_dedup needs both bands and rows, or neither",
