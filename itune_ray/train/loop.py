@@ -297,6 +297,7 @@ class Loop:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": tokens,
+            "ranks": self._world.size,
             "units": result.units,
             **result.metrics,
             "seconds": round(seconds, 6),

@@ -97,10 +97,11 @@ def _make_room(job: TrainJob, engines: EngineHost, say: Callable[[str], None]) -
     """Refuse workers the cluster can never hold, let engines make way, and bring the nodes up for all workers at once:
     Ray Train itself would ask again and again, and never say what is missing."""
     workers = job.workers
-    needed = {name: amount * workers.num for name, amount in workers.each.items()}
-    what, knob = f"{workers.num} training workers", "workers.num, workers.cpus_each or workers.gpus_each"
-    engines.make_room(needed, workers.each, workers.num, what, knob, say)
-    room.await_room([workers.each] * workers.num, workers.start_timeout_s, what, "workers.start_timeout_s", say)
+    count = max(workers.fewest, room.most(workers.each, workers.most, {}))
+    needed = {name: amount * count for name, amount in workers.each.items()}
+    what, knob = f"{count} training workers", "workers.num, workers.cpus_each or workers.gpus_each"
+    engines.make_room(needed, workers.each, count, what, knob, say)
+    room.await_room([workers.each] * workers.fewest, workers.start_timeout_s, what, "workers.start_timeout_s", say)
 
 
 GAUGES = {
@@ -116,14 +117,14 @@ GAUGES = {
 
 def _shown(task: Task, workers: TrainWorkers) -> OnProgress:
     seen = 0
-    peak = workers.num * workers.peak_tflops * 1e12 if workers.peak_tflops else None
+    peak = workers.peak_tflops * 1e12 if workers.peak_tflops else None
 
     def show(step: int, _: int, row: dict[str, Any]) -> None:
         nonlocal seen
         seen += int(row["tokens"])
         shown = {name: float(row[name]) for name in ("loss", "held_out_loss", "lr") if name in row}
         if peak is not None:
-            shown["mfu"] = float(row["flops_per_s"]) / peak
+            shown["mfu"] = float(row["flops_per_s"]) / (peak * int(row["ranks"]))
             metrics.gauge("itune_mfu", shown["mfu"])
         task.update(step, seen, None, **shown)
         metrics.count("itune_tokens_total", int(row["tokens"]), kind="trained")

@@ -30,6 +30,10 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 s by default, too short for a busy machine's imports
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job file mean the job's working directory
 }
+_ELASTIC_SETTINGS = {
+    # Ray counts a node up to 20 s after it went: workers that then find no room must be fewer soon, not in 10 minutes.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
 
 
 def fit(
@@ -55,7 +59,8 @@ def fit(
 
     from itune_ray.train.outcome import pause_folder, read_outcome
 
-    for name, value in _RAY_TRAIN_SETTINGS.items():
+    elastic = job.workers.fewest < job.workers.most
+    for name, value in (_RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})).items():
         os.environ.setdefault(name, value)
     stage = Folder.at(stage_dir)
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
@@ -72,7 +77,7 @@ def fit(
             "out": out,
             "board": board,
         },
-        scaling_config=_scaling(job),
+        scaling_config=_scaling(job.workers),
         torch_config=ray.train.torch.TorchConfig(
             backend=_backend(job.workers), timeout_s=job.workers.collective_timeout_s
         ),
@@ -124,11 +129,16 @@ def _backend(workers: TrainWorkers) -> str:
     return workers.backend
 
 
-def _scaling(job: TrainJob) -> "ray.train.ScalingConfig":
+def _scaling(workers: TrainWorkers) -> "ray.train.ScalingConfig":
+    """Fixed, or between two numbers: Ray Train then starts anew with as many as there is room for, after a loss at
+    once and for more room every `resize_every_s`, and each start continues from the last checkpoint."""
     import ray.train
 
     return ray.train.ScalingConfig(
-        num_workers=job.workers.num, use_gpu=job.workers.gpus_each > 0, resources_per_worker=job.workers.each
+        num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
+        use_gpu=workers.gpus_each > 0,
+        resources_per_worker=workers.each,
+        elastic_resize_monitor_interval_s=workers.resize_every_s,
     )
 
 
