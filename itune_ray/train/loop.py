@@ -31,6 +31,7 @@ from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
+from itune_ray.train.randomness import draws, seeded
 from itune_ray.train.reference import Reference, reference_of
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
@@ -210,6 +211,7 @@ class Loop:
         self._stage_dir, self._world = stage_dir, stepper.world
         self._optimizers: Optimizers = stepper.optimizers
         self._total = rows.table.plan.steps
+        self._draws = draws(stepper.model)
         self.step = 0
         """The step that is being taken, counted from 1."""
 
@@ -305,14 +307,16 @@ class Loop:
         }
 
     def _seed(self, step: int) -> None:
-        """Dropout draws from torch's generator; seeding it per step and rank leaves no state to save."""
-        torch.manual_seed(row_seed(self._job.seed, "train.dropout", str(self._world.rank), step))
+        """For what may draw beside the model; seeding per step and rank leaves no state to save."""
+        torch.manual_seed(row_seed(self._job.seed, "train.rank", str(self._world.rank), step))
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
         rows = self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
         most = -(-self._table.num_rows(step) // self._world.size)
-        return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
+        if not self._draws:
+            return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
+        return seeded(step_batches(rows, most, 1, self._rows.pad, self._stepper), rows, self._job.seed, step)
 
 
 def _finite(result: StepResult) -> bool:
