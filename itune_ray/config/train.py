@@ -351,6 +351,8 @@ class CheckpointConfig(Schema):
 
     every_steps: Positive = 100
     keep: Positive = 2
+    background: bool = False
+    """Copy the state to host memory and write it while training goes on: the run stands still for the copy alone."""
 
 
 class ValidationConfig(Schema):

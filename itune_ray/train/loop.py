@@ -222,6 +222,17 @@ class Loop:
             raise TrainError(
                 "the run has no such step to stop at", got=end, allowed=f"1 to {self._total}", knob="stop_at"
             )
+        try:
+            row = self._run(end, on_progress)
+            self._checkpoints.wait()
+        except BaseException:
+            self._checkpoints.settle()
+            raise
+        if (done := self._checkpoints.latest()) != end:
+            raise TrainError("the run ended with another number of steps than planned", got=done, allowed=end)
+        return row
+
+    def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
         validation, held_out = self._validation(start)
@@ -239,6 +250,8 @@ class Loop:
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
+                if leaves:
+                    self._checkpoints.wait()
                 saved = {"checkpoint_seconds": time.perf_counter() - began}
                 if log is not None:
                     log.flush()
@@ -262,7 +275,7 @@ class Loop:
         return validation, ({"held_out_loss": validation.run(0)["loss"]} if start == 0 else {})
 
     def _resume(self, end: int) -> int:
-        step = self._checkpoints.latest()
+        step = self._checkpoints.newest_whole()
         if step > end:
             raise TrainError("the checkpoint is beyond the end of this run", got=step, allowed=f"{end} steps")
         if step:
