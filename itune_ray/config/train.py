@@ -1,8 +1,8 @@
 """Schema of `itune train`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from itune_ray.config.adaptation import FullConfig as FullConfig
 from itune_ray.config.adaptation import LoraConfig as LoraConfig
@@ -298,12 +298,28 @@ class DeepspeedConfig(Schema):
 StrategyConfig = Annotated[DdpConfig | Fsdp2Config | DeepspeedConfig, Field(discriminator="type")]
 
 
+def _count(value: object) -> object:
+    pair = cast(list[object] | tuple[object, ...], value) if type(value) in (list, tuple) else (value, value)
+    few, many = pair if len(pair) == 2 else (0, 0)
+    if type(few) is not int or type(many) is not int or not 0 < few <= many:
+        raise ValueError("must be a positive number, or [fewest, most]")
+    return value
+
+
+WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_count)]
+"""A number of workers, or the fewest and the most."""
+
+
 class TrainWorkers(Holder):
     """Ray Train workers. Any number gives the same optimisation."""
 
     role: ClassVar[Role] = "train"
 
-    num: Positive = 1
+    num: WorkerCount = 1
+    """How many; or [fewest, most]: as many as the cluster has room for, fewer when machines go and more when they come,
+    each time from the last checkpoint."""
+    resize_every_s: Annotated[float, Field(gt=0)] = 60.0
+    """How often [fewest, most] looks whether there is room for more."""
     env: Env = {}
     """Environment variables of every worker, e.g. {NCCL_SOCKET_IFNAME: ens5, FI_PROVIDER: efa}."""
     torch_threads: Positive | None = None
@@ -319,12 +335,24 @@ class TrainWorkers(Holder):
     collective_timeout_s: Positive = 600
     """Deadline of one collective; a rank that did not come is named."""
 
+    @property
+    def fewest(self) -> int:
+        """Workers without which nothing is trained."""
+        return self.num if isinstance(self.num, int) else self.num[0]
+
+    @property
+    def most(self) -> int:
+        """The most workers that there may be at once."""
+        return self.num if isinstance(self.num, int) else self.num[1]
+
 
 class CheckpointConfig(Schema):
     """Sharded checkpoints with everything an exact resume needs."""
 
     every_steps: Positive = 100
     keep: Positive = 2
+    background: bool = False
+    """Copy the state to host memory and write it while training goes on: the run stands still for the copy alone."""
 
 
 class ValidationConfig(Schema):

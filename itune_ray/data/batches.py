@@ -50,6 +50,8 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What the objective needs beside the ids, flat over the rows: [N, ...] in the order of the supervised tokens
     (`labels[:, 1:] != -100`), [S] in the order of the segments, or [D] in that of the documents."""
+    seed: int | None = None
+    """Of what the model draws at random in this micro-batch's forward (see `itune_ray.train.randomness`)."""
 
     @property
     def num_supervised(self) -> int:

@@ -66,6 +66,8 @@ class PackedRow(NamedTuple):
     keys: tuple[str, ...]
     columns: Mapping[str, NDArray[np.generic]] = {}
     """Flat values per supervised token, segment or document, in order."""
+    position: int = 0
+    """Place among the packed rows of its step, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,9 @@ class PackedTable:
         """
         total = self.num_rows(step)
         start, stop = total * rank // world, total * (rank + 1) // world
-        return sorted(self._stored(step, start, stop), key=lambda row: -len(row.input_ids))
+        stored = enumerate(self._stored(step, start, stop), start)
+        placed = [row._replace(position=position) for position, row in stored]
+        return sorted(placed, key=lambda row: -len(row.input_ids))
 
     def first_rows(self) -> Iterator[list[PackedRow]]:
         """Step by step, longest first, the packed rows that hold a document for the first time."""

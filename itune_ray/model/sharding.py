@@ -8,7 +8,7 @@ parameter itself.
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,23 @@ def held(tensor: Any) -> Iterator[tuple[Offsets, Tensor]]:
             yield tuple(offsets), tensor.to_local()
     else:
         yield (0,) * tensor.ndim, tensor
+
+
+def snapshot(value: Any) -> Any:
+    """A copy in host memory of a tree of tensors that training goes on changing; a shard becomes a `Run`."""
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list):
+        return [snapshot(item) for item in cast(list[Any], value)]
+    if isinstance(value, Run):
+        return Run(value.shape, value.start, value.elements.to("cpu", copy=True))
+    if isinstance(value, DTensor):
+        local: Tensor = value.to_local()
+        shape, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+        assert tuple(shape[1:]) == tuple(value.shape[1:]), "cut along the first dimension"
+        start = offsets[0] * math.prod(shape[1:]) if offsets else 0
+        return Run(value.shape, start, local.detach().to("cpu", copy=True).reshape(-1))
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 class Run(Tensor):

@@ -24,7 +24,7 @@ COLUMNS: tuple[str, ...] = (
 )
 """table: scores, categories, groups, pairs, funnel, stages, parameters, training, validation, compression or sweep; in
 pairs, `slice` is the model before. Columns that do not apply are empty."""
-_BOOKKEEPING = frozenset({"step", "epoch", "tokens", "seconds", "tokens_per_s", "n", "low", "high"})
+_BOOKKEEPING = frozenset({"step", "epoch", "tokens", "ranks", "seconds", "tokens_per_s", "n", "low", "high"})
 """Of a line of metrics.jsonl or validation.jsonl: what is no figure of its own."""
 _PROPORTIONS = frozenset({"reward_accuracy"})
 """Metrics whose interval stands beside them in validation.jsonl."""

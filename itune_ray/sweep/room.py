@@ -17,7 +17,7 @@ WAITING_CPUS = 0.1
 
 def trial_resources(workers: TrainWorkers) -> Any:
     """What a trial's own process holds: a worker's share where it trains itself, little where it only waits."""
-    each = {"CPU": WAITING_CPUS} if workers.num > 1 else workers.each
+    each = {"CPU": WAITING_CPUS} if workers.most > 1 else workers.each
     return tune.PlacementGroupFactory([each or {"CPU": WAITING_CPUS}])
 
 
@@ -30,7 +30,7 @@ def make_room(job: SweepJob, shapes: Shapes, engines: EngineHost, progress: Prog
     engines.make_room(
         _held(job, shapes),
         job.train.workers.each,
-        job.train.workers.num * job.max_concurrent,
+        job.train.workers.most * job.max_concurrent,
         f"a sweep of {len(shapes.served)} engine pools, {job.evaluate.workers.num} eval actors and "
         f"{job.max_concurrent} trials at once",
         "max_concurrent, train.workers.cpus_each, evaluate.pool.cpus_each or run.ray.num_cpus",
@@ -43,11 +43,11 @@ def _own(job: SweepJob) -> dict[str, float]:
     """What is no engine's."""
     workers, scorers = job.train.workers, job.evaluate.workers
     held: dict[str, float] = defaultdict(float)
-    held["CPU"] = WAITING_CPUS * job.max_concurrent if workers.num > 1 else 0.0
+    held["CPU"] = WAITING_CPUS * job.max_concurrent if workers.most > 1 else 0.0
     for name, amount in scorers.each.items():
         held[name] += amount * scorers.num
     for name, amount in workers.each.items():
-        held[name] += amount * workers.num * job.max_concurrent
+        held[name] += amount * workers.most * job.max_concurrent
     return held
 
 

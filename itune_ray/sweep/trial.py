@@ -83,12 +83,12 @@ def trained_to(plan: TrialPlan, rung: int) -> "TrainOutcome":
 
     from itune_ray.train.loop import train_rank
     from itune_ray.train.outcome import pause_folder, read_outcome, write_outcome
-    from itune_ray.train.run import fit
+    from itune_ray.train.workers import fit
 
     job, out = plan.train, pause_folder(plan.stage_dir, rung)
     if (finished := read_outcome(out)) is not None:
         return finished
-    if job.workers.num > 1:
+    if job.workers.most > 1:
         return fit(job, plan.prepared, plan.stage_dir, stop_at=rung)
     if not job.workers.gpus_each:
         torch.set_num_threads(job.workers.torch_threads or 1)

@@ -3,60 +3,113 @@
 A checkpoint is `checkpoint/step-NNNNNN/`: weights that are trained, optimizer state and the step. Nothing else is
 needed for an exact resume: data order, learning rate and randomness are functions of (seed, step), so no sampler,
 schedule or generator has state. The state is stored by parameter name, so another number of ranks can load it. The
-marker file is written last; a folder without it is a crash's leftover, never read and cleared at the next save.
+marker file is written last, with a checksum of every other file; a folder without it is a crash's leftover, never read
+and cleared at the next save, and one whose files are not as they were written is passed over for the one before.
 """
 
 import contextlib
-import os
+import logging
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow.fs as pafs
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
 from itune_ray.data.storage import PAUSES_S, Folder
 from itune_ray.errors import StorageError, TrainError
+from itune_ray.model.sharding import snapshot
+from itune_ray.train.checkpoint_files import Reader, Sums, Writer, is_whole, merged
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
+log = logging.getLogger(__name__)
 MARKER = "complete.json"
+SETTLE_S = 60.0
+"""How long a run that ends in an error lets a checkpoint that is being written come to its end."""
 
 
 class Checkpoints:
-    """The checkpoints of one stage, by path or URI."""
+    """The checkpoints of one stage, by path or URI. To be made on all ranks at the same time.
+
+    With `background` a save only copies the state to host memory; a thread writes it while training goes on, over a
+    process group of its own. At most one is under way: the next save, and the end of the run, wait for it.
+    """
 
     def __init__(self, folder: str, config: CheckpointConfig, world: World):
         self._folder, self._config, self._world = Folder.at(folder), config, world
+        self._group: Any = dist.new_group(backend="gloo") if config.background and world.size > 1 else None
+        self._damaged: set[int] = set()
+        self._writing = _Background()
 
     def latest(self) -> int:
         """Optimizer steps done in the newest complete checkpoint; 0 without one."""
         return max(self._complete(), default=0)
+
+    def newest_whole(self) -> int:
+        """The same, passing over checkpoints with damaged files. Collective: each rank reads its share of them."""
+        for step in sorted(self._complete(), reverse=True):
+            damaged = self._damaged_files(step)
+            if not self._world.sum([len(damaged)])[0]:
+                return step
+            self._damaged.add(step)
+            if damaged:
+                told = "the checkpoint of step %d is damaged (%s) and passed over: %s"
+                log.warning(told, step, ", ".join(damaged), self.at(step).uri)
+        return 0
 
     def at(self, step: int) -> Folder:
         """Folder of one checkpoint."""
         return self._folder / f"step-{step:06d}"
 
     def save(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
-        """Collective: all ranks write their shards, then rank 0 publishes, and drops what `keep` no longer covers."""
+        """Collective: all ranks write their shards, then rank 0 publishes, and drops what `keep` no longer covers.
+
+        In the background it returns before that; an error is then raised by the next save or `wait`.
+        """
+        self.wait()
+        state = strategy.state(model, optimizers)
+        if not self._config.background:
+            self._write(step, state)
+            return
+        kept = snapshot(state)
+        self._writing.start(lambda: self._write(step, kept))
+
+    def wait(self) -> None:
+        """Until what was saved is published; raises what went wrong."""
+        self._writing.wait()
+
+    def settle(self) -> None:
+        """Give a save that is under way some time, when the run has already failed."""
+        self._writing.settle(SETTLE_S)
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         target = self.at(step)
         if self._world.is_main:
             self._remove_unfinished()
             target.fs.create_dir(target.path, recursive=True)
-        self._world.barrier()
+        self._barrier()
+        sums = self._gathered(self._written(step, target, state))
+        if self._world.is_main:
+            target.write_json(MARKER, {"step": step, "world": self._world.size, "files": merged(sums)})
+            for old in sorted(self._complete())[: -self._config.keep]:
+                self.at(old).delete()
+        self._barrier()  # whoever goes on finds it published
+
+    def _written(self, step: int, target: Folder, state: dict[str, Any]) -> Sums:
         for pause in (*PAUSES_S, None):
+            writer = Writer(target)
             try:
                 with _quiet():
-                    save(strategy.state(model, optimizers), storage_writer=_Writer(target), no_dist=_alone())
-                break
+                    save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
+                return writer.sums
             except (CheckpointException, OSError) as error:  # on every rank, whichever one it happened to
                 reason = _of_storage(error)
                 if reason is None:
@@ -66,18 +119,26 @@ class Checkpoints:
                         f"the checkpoint of step {step} cannot be written: {reason}", got=target.uri, knob="run.output"
                     ) from None
                 time.sleep(pause)
-        self._world.barrier()
-        if self._world.is_main:
-            target.write_json(MARKER, {"step": step, "world": self._world.size})
-            for old in sorted(self._complete())[: -self._config.keep]:
-                self.at(old).delete()
+        raise AssertionError("the last attempt returns or raises")
+
+    def _barrier(self) -> None:
+        if self._world.size > 1:
+            dist.barrier(group=self._group)
+
+    def _gathered(self, sums: Sums) -> list[Sums]:
+        """Of all ranks, on each: nobody is past this before everybody has written."""
+        if self._world.size == 1:
+            return [sums]
+        parts: list[Any] = [None] * self._world.size
+        dist.all_gather_object(parts, sums, group=self._group)
+        return parts
 
     def load(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
         """Collective: read the state of a checkpoint into a placed model and its optimizers."""
         state = strategy.state(model, optimizers)
         try:
             with _quiet():
-                load(state, storage_reader=_Reader(self.at(step)), no_dist=_alone())
+                load(state, storage_reader=Reader(self.at(step)), no_dist=_alone())
         except (CheckpointException, RuntimeError, OSError) as error:
             raise TrainError(
                 f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}",
@@ -89,9 +150,19 @@ class Checkpoints:
     def _complete(self) -> list[int]:
         return [step for step in self._steps() if self.at(step).exists(MARKER)]
 
+    def _damaged_files(self, step: int) -> list[str]:
+        """Of this rank's share."""
+        try:
+            files: Sums = self.at(step).read_json(MARKER)["files"]
+        except (StorageError, KeyError, TypeError):
+            return [MARKER]
+        mine = sorted(files)[self._world.rank :: self._world.size]
+        return [name for name in mine if not is_whole(self.at(step), name, files[name])]
+
     def _remove_unfinished(self) -> None:
-        for step in set(self._steps()) - set(self._complete()):
+        for step in (set(self._steps()) - set(self._complete())) | self._damaged:
             self.at(step).delete()
+        self._damaged.clear()
 
     def _steps(self) -> list[int]:
         return [int(name.removeprefix("step-")) for name in self._folder.names() if name.startswith("step-")]
@@ -120,54 +191,31 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Writer(FileSystemWriter):
-    """DCP's writer over the project's storage."""
+class _Background:
+    """One piece of work at a time on a thread that dies with the process."""
 
-    def __init__(self, folder: Folder):
-        super().__init__(folder.path, sync_files=folder.is_local)
-        if not folder.is_local:
-            self.fs, self.path = _ArrowFileSystem(folder.fs), folder.path
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
+    def start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  raised below, in the thread that can end the run
+                self._error = error
 
-class _Reader(FileSystemReader):
-    """DCP's reader over the project's storage."""
+        self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")
+        self._thread.start()
 
-    def __init__(self, folder: Folder):
-        super().__init__(folder.path)
-        if not folder.is_local:
-            self.fs, self.path = _ArrowFileSystem(folder.fs), folder.path
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
 
-
-class _ArrowFileSystem(FileSystemBase):
-    """What DCP asks of a filesystem, answered by pyarrow (s3://, gs://)."""
-
-    def __init__(self, fs: pafs.FileSystem):
-        self._fs = fs
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        opened = self._fs.open_input_file(str(path)) if "r" in mode else self._fs.open_output_stream(str(path))
-        with opened as stream:
-            yield stream
-
-    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        return f"{path}/{suffix}"
-
-    def init_path(self, path: str | os.PathLike[str]) -> str:
-        return str(path)
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        self._fs.move(str(path), str(new_path))
-
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        self._fs.create_dir(str(path), recursive=True)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-    def exists(self, path: str | os.PathLike[str]) -> bool:
-        return self._fs.get_file_info(str(path)).type != pafs.FileType.NotFound
-
-    def rm_file(self, path: str | os.PathLike[str]) -> None:
-        self._fs.delete_file(str(path))
+    def settle(self, timeout_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)

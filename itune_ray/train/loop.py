@@ -31,6 +31,7 @@ from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
+from itune_ray.train.randomness import draws, seeded
 from itune_ray.train.reference import Reference, reference_of
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
@@ -210,6 +211,7 @@ class Loop:
         self._stage_dir, self._world = stage_dir, stepper.world
         self._optimizers: Optimizers = stepper.optimizers
         self._total = rows.table.plan.steps
+        self._draws = draws(stepper.model)
         self.step = 0
         """The step that is being taken, counted from 1."""
 
@@ -220,6 +222,17 @@ class Loop:
             raise TrainError(
                 "the run has no such step to stop at", got=end, allowed=f"1 to {self._total}", knob="stop_at"
             )
+        try:
+            row = self._run(end, on_progress)
+            self._checkpoints.wait()
+        except BaseException:
+            self._checkpoints.settle()
+            raise
+        if (done := self._checkpoints.latest()) != end:
+            raise TrainError("the run ended with another number of steps than planned", got=done, allowed=end)
+        return row
+
+    def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
         validation, held_out = self._validation(start)
@@ -237,6 +250,8 @@ class Loop:
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")
                 self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
+                if leaves:
+                    self._checkpoints.wait()
                 saved = {"checkpoint_seconds": time.perf_counter() - began}
                 if log is not None:
                     log.flush()
@@ -260,7 +275,7 @@ class Loop:
         return validation, ({"held_out_loss": validation.run(0)["loss"]} if start == 0 else {})
 
     def _resume(self, end: int) -> int:
-        step = self._checkpoints.latest()
+        step = self._checkpoints.newest_whole()
         if step > end:
             raise TrainError("the checkpoint is beyond the end of this run", got=step, allowed=f"{end} steps")
         if step:
@@ -297,6 +312,7 @@ class Loop:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": tokens,
+            "ranks": self._world.size,
             "units": result.units,
             **result.metrics,
             "seconds": round(seconds, 6),
@@ -304,14 +320,16 @@ class Loop:
         }
 
     def _seed(self, step: int) -> None:
-        """Dropout draws from torch's generator; seeding it per step and rank leaves no state to save."""
-        torch.manual_seed(row_seed(self._job.seed, "train.dropout", str(self._world.rank), step))
+        """For what may draw beside the model; seeding per step and rank leaves no state to save."""
+        torch.manual_seed(row_seed(self._job.seed, "train.rank", str(self._world.rank), step))
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
         rows = self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
         most = -(-self._table.num_rows(step) // self._world.size)
-        return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
+        if not self._draws:
+            return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
+        return seeded(step_batches(rows, most, 1, self._rows.pad, self._stepper), rows, self._job.seed, step)
 
 
 def _finite(result: StepResult) -> bool:

@@ -62,6 +62,8 @@ class Stepper:
         penalty: torch.Tensor | None = None
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
+            if batch.seed is not None:
+                torch.manual_seed(batch.seed)
             with self.strategy.forward_context(last=last):
                 loss = self._forward(batch.to(self.world.device))
                 total = self._scaled(loss, units)

@@ -66,6 +66,9 @@ def test_malformed_override_is_one_line_that_names_it(override):
         ({"optimizer": {"type": "muon"}}, "strategy.type=ddp"),
         ({"pack_length": 8}, "pack_length 8 must be at least max_length 2048"),
         ({"data": []}, "`data`"),
+        ({"workers": {"num": 0}}, "`workers.num`: must be a positive number, or [fewest, most]; got 0"),
+        ({"workers": {"num": [2, 1]}}, "`workers.num`: must be a positive number, or [fewest, most]; got [2, 1]"),
+        ({"workers": {"num": [1, 2, 3]}}, "`workers.num`: must be"),
     ],
 )
 def test_bad_configs_are_one_clear_line(changes, expected):
@@ -89,7 +92,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 def test_where_a_job_runs_is_no_part_of_what_it_is():
-    moved = train_job(workers={"num": 4}, micro_batch=1, run={"output": "/elsewhere"}, name="other")
+    moved = train_job(workers={"num": [2, 4]}, micro_batch=1, run={"output": "/elsewhere"}, name="other")
     assert digest(moved.identity()) == digest(train_job().identity())
     assert digest(train_job(batch=3).identity()) != digest(train_job().identity())
 

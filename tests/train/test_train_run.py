@@ -72,7 +72,8 @@ def signal_a_worker(number):
     ],
 )
 def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, kill_at):
-    from itune_ray.train.run import fit, prepare
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
 
     records, stage, steps = tiny.chats(40), str(tmp_path / "two"), 150 if kill_at else 20
     seen = []
@@ -96,7 +97,8 @@ def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, 
 
 @pytest.mark.soak
 def test_an_error_of_the_users_is_raised_once_and_not_retried(local_ray, folder, tmp_path):
-    from itune_ray.train.run import fit, prepare
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
 
     diverging = {"optimizer": {"type": "adamw", "lr": 1e30}, "clip_norm": None, "model.peft": {"type": "full"}}
     job = two_workers(folder, **diverging)
@@ -106,9 +108,9 @@ def test_an_error_of_the_users_is_raised_once_and_not_retried(local_ray, folder,
 
 
 def test_ranks_behind_the_others_are_told_first():
-    from itune_ray.train.run import RANKS_TOLD, _Board
+    from itune_ray.train.board import RANKS_TOLD, Board
 
-    board = _Board()
+    board = Board()
     for rank in range(7):
         board.at(rank, "node-a", 12, "computes")
     board.at(5, "node-b", 12, "prepares")
@@ -120,7 +122,8 @@ def test_ranks_behind_the_others_are_told_first():
 @pytest.mark.real
 @pytest.mark.soak
 def test_a_rank_that_hangs_ends_in_one_line_that_names_ranks(local_ray, folder, tmp_path):
-    from itune_ray.train.run import fit, prepare
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
 
     stopped = []
 

@@ -1,0 +1,185 @@
+"""[Ray] Ray Train runs the one loop on every worker of a stage, through failures and changes of their number.
+
+Workers share nothing with the driver but the stage directory and a small actor (`train.board`): whatever kills a worker
+or the driver, the stage directory says how far the run is. Torch is imported inside functions: Ray Train's controller
+unpickles what is defined here, and would otherwise spend ten seconds on imports that only workers need.
+"""
+
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from itune_ray import room
+from itune_ray.config.train import TrainJob, TrainWorkers
+from itune_ray.data.storage import Folder
+from itune_ray.errors import ITuneError, TrainError
+from itune_ray.observe.watch import explained_by
+from itune_ray.train.board import Board, OnProgress, ranks_of, relayed
+
+if TYPE_CHECKING:
+    import ray.train
+
+    from itune_ray.train.outcome import TrainOutcome
+    from itune_ray.train.prepare import PreparedData
+
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, longer than a small run's last steps
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 s by default, too short for a busy machine's imports
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job file mean the job's working directory
+}
+_ELASTIC_SETTINGS = {
+    # Ray counts a node up to 20 s after it went: workers that then find no room must be fewer soon, not in 10 minutes.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+
+
+def fit(
+    job: TrainJob,
+    prepared: "PreparedData",
+    stage_dir: str,
+    on_progress: OnProgress | None = None,
+    *,
+    stop_at: int | None = None,
+) -> "TrainOutcome":
+    """Train under Ray Train to the end, through worker failures, and export; continues where an earlier call stopped.
+
+    Args:
+        stop_at: Pause once so many steps are done (`itune_ray.train.loop.train_rank`); a pause that was reached
+            before is found again.
+
+    Raises:
+        ITuneError: What a worker raised on purpose, unchanged.
+        TrainError: The workers failed more often than `workers.max_failures` allows.
+    """
+    import ray.train
+    import ray.train.torch
+
+    from itune_ray.train.outcome import pause_folder, read_outcome
+
+    elastic = job.workers.fewest < job.workers.most
+    for name, value in (_RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})).items():
+        os.environ.setdefault(name, value)
+    stage = Folder.at(stage_dir)
+    out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
+    if (finished := read_outcome(out)) is not None:
+        return finished
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=room.beside_driver()).remote()
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "job": job.model_dump_json(),
+            "prepared": prepared,
+            "stage_dir": stage.uri,
+            "stop_at": stop_at,
+            "out": out,
+            "board": board,
+        },
+        scaling_config=_scaling(job.workers),
+        torch_config=ray.train.torch.TorchConfig(
+            backend=_backend(job.workers), timeout_s=job.workers.collective_timeout_s
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray-train",
+            storage_path=stage.uri,
+            failure_config=ray.train.FailureConfig(max_failures=job.workers.max_failures),
+            worker_runtime_env={"env_vars": job.workers.env} if job.workers.env else None,
+        ),
+    )
+    try:
+        with relayed(board, on_progress), explained_by(lambda: ranks_of(board)):
+            _fit(trainer, board)
+        error: Any = ray.get(board.failure.remote())
+        if error is not None:
+            raise error
+    finally:
+        ray.kill(board)
+    (stage / "ray-train").delete()
+    outcome = read_outcome(out)
+    if outcome is None:
+        raise TrainError("the workers ended without an outcome", got=out)
+    return outcome
+
+
+def _fit(trainer: Any, board: Any) -> None:
+    import ray.train
+
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as failed:
+        rank, cause = min(failed.worker_failures.items())
+        reason = str(cause).strip().splitlines()[-1]
+        places = "; ".join(ranks_of(board))
+        told = f" ({places})" if places and _TIMED_OUT.search(reason) else ""
+        raise TrainError(
+            f"training failed too often; last on rank {rank}: {reason}{told}",
+            knob="workers.collective_timeout_s" if told else "workers.max_failures",
+        ) from failed
+
+
+_TIMED_OUT = re.compile(r"tim(ed|e) ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
+"""What gloo and NCCL say when another rank did not come, or gave up first."""
+
+
+def _backend(workers: TrainWorkers) -> str:
+    if workers.backend == "auto":
+        return "nccl" if workers.gpus_each else "gloo"
+    return workers.backend
+
+
+def _scaling(workers: TrainWorkers) -> "ray.train.ScalingConfig":
+    """Fixed, or between two numbers: Ray Train then starts anew with as many as there is room for, after a loss at
+    once and for more room every `resize_every_s`, and each start continues from the last checkpoint."""
+    import ray.train
+
+    return ray.train.ScalingConfig(
+        num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
+        use_gpu=workers.gpus_each > 0,
+        resources_per_worker=workers.each,
+        elastic_resize_monitor_interval_s=workers.resize_every_s,
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One Ray Train worker. An error that is the user's to mend goes to the board and ends the run without retries;
+    leaving the process group wakes the ranks that wait for this one."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    from itune_ray.train.loop import train_rank
+    from itune_ray.train.outcome import write_outcome
+
+    job = TrainJob.model_validate_json(config["job"])
+    board = config["board"]
+    if ray.get(board.failure.remote()) is not None:
+        return
+    if not job.workers.gpus_each:
+        torch.set_num_threads(job.workers.torch_threads or 1)
+    rank, host = ray.train.get_context().get_world_rank(), socket.gethostname()
+    try:
+        outcome = train_rank(
+            job,
+            config["prepared"],
+            config["stage_dir"],
+            on_progress=lambda step, total, row: board.put.remote(step, total, row),
+            on_place=lambda step, place: board.at.remote(rank, host, step, place),
+            leaving=_noticed,
+            stop_at=config["stop_at"],
+        )
+    except ITuneError as error:
+        ray.get(board.fail.remote(error))
+        dist.destroy_process_group()
+        return
+    if rank == 0:
+        write_outcome(outcome, config["out"])
+
+
+def _noticed() -> bool:
+    """Whether Ray is draining a node of this worker group: what `ray.train.get_preemption_info` says, without its
+    barrier over all workers, which would cost every step a round of messages; the loop's own sum agrees instead."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
