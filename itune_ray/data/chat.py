@@ -98,7 +98,9 @@ class ChatRenderer:
             tokenizer.chat_template = read_template(template)
         self._has_markers = bool(_GENERATION_MARKER.search(self.template or ""))
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._control = _any_of(special | set(self.tokenizer.all_special_tokens))
+        special |= set(self.tokenizer.all_special_tokens)
+        self._control = _any_of(special)
+        self._control_ids = frozenset(self.tokenizer.convert_tokens_to_ids(sorted(special)))
 
     @property
     def template(self) -> str | None:
@@ -168,6 +170,11 @@ class ChatRenderer:
             raise NoSupervisedTokens("no token of the chat would be trained", got=_shorten(messages))
         return rendered
 
+    def ends_its_turn(self, rendered: Rendered) -> bool:
+        """Whether the last supervised token is a control token: a model that learns none there never learns to stop."""
+        last = len(rendered.supervised) - 1 - rendered.supervised[::-1].index(True)
+        return rendered.input_ids[last] in self._control_ids
+
     def answer_tokens(self, messages: Sequence[Message]) -> AnswerTokens:
         """The final answer's tokens apart from its prompt's, cut where training cuts; raises `UnusableRow`."""
         rendered = self.training_ids(messages, "last_assistant")
@@ -185,12 +192,15 @@ class ChatRenderer:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
         ids = list(encoded["input_ids"])
         spans = _runs([bool(flag) for flag in encoded["assistant_masks"]])
-        spans = [(start, self._with_end_of_turn(ids, end)) for start, end in spans]
+        spans = [(start, self._with_end_of_turn(ids, start, end)) for start, end in spans]
         return Rendered(ids, _mask(len(ids), spans[-1:] if supervise == "last_assistant" else spans))
 
-    def _with_end_of_turn(self, ids: list[int], end: int) -> int:
+    def _with_end_of_turn(self, ids: list[int], start: int, end: int) -> int:
         """Templates that close the marked block before the end-of-turn token would teach the model never to stop."""
-        return end + 1 if end < len(ids) and ids[end] == self.tokenizer.eos_token_id else end
+        closed = self._cut_after_end_of_turn(ids, start, end)
+        if ids[closed - 1] not in self._control_ids and end < len(ids) and ids[end] in self._control_ids:
+            return end + 1
+        return closed
 
     def _by_prefix_difference(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         whole = self._render(messages)
@@ -216,10 +226,18 @@ class ChatRenderer:
         return start, self._cut_after_end_of_turn(ids, start, end)
 
     def _cut_after_end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Drop what the template writes after the end-of-turn token (often a newline): no engine generates it."""
+        """Drop what the template writes after the end-of-turn token (often a newline): no engine generates it.
+
+        That token is the tokenizer's end of text, or another control token (Gemma's) with nothing but white space
+        after it.
+        """
         eos = self.tokenizer.eos_token_id
-        last = max((i for i in range(start, end) if ids[i] == eos), default=end - 1)
-        return last + 1
+        if (last := max((i for i in range(start, end) if ids[i] == eos), default=None)) is not None:
+            return last + 1
+        last = end - 1
+        while last > start and ids[last] not in self._control_ids and not self.tokenizer.decode([ids[last]]).strip():
+            last -= 1
+        return last + 1 if ids[last] in self._control_ids else end
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         if self.template is None:
