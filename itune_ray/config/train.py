@@ -10,7 +10,7 @@ from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
 from itune_ray.config.roles import Env, Holder, Role
-from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
+from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
 # --- the model -----------------------------------------------------------------------------------------------------
 
@@ -28,6 +28,8 @@ class InitConfig(Schema):
 class TrainedModel(Schema):
     """The model to train: a pretrained one by `path`, or a fresh one by `init`."""
 
+    silent_at_default = frozenset({"thinking"})
+
     path: str | None = None
     """See `ModelRef.path`; excludes `init`."""
     init: InitConfig | None = None
@@ -35,6 +37,8 @@ class TrainedModel(Schema):
     tokenizer: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    thinking: Thinking = "keep"
+    """See `ModelRef.thinking`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
@@ -61,6 +65,7 @@ class TrainedModel(Schema):
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
             trust_remote_code=self.trust_remote_code,
+            thinking=self.thinking,
         )
 
 

@@ -53,7 +53,8 @@ class Built:
 
 def load_renderer(model: TrainedModel) -> ChatRenderer:
     """The tokenizer with the chat template in force."""
-    return ChatRenderer(load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code), model.chat_template)
+    tokenizer = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code)
+    return ChatRenderer(tokenizer, model.chat_template, model.thinking)
 
 
 def tokenizer_folder(model: TrainedModel) -> ResolvedModel:

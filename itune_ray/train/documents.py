@@ -333,8 +333,8 @@ def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Re
         made = renderer.record_ids(record, supervise)
     except UnusableRow as error:
         raise DocumentError(error.reason, str(error)) from None
-    if record.text is None and supervise != "all" and not renderer.ends_its_turn(made):
-        raise DocumentError("no_end_of_turn", "the chat template closes answers with no special token")
+    if record.text is None and supervise != "all" and renderer.never_ends(made):
+        raise DocumentError("no_end_of_turn", "the chat template leaves the token that ends an answer untrained")
     return made
 
 

@@ -7,8 +7,7 @@ import tiny
 import trl
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from tokenizers import AddedToken
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from itune_ray.config.train import TrainJob
@@ -66,12 +65,7 @@ def template(family: str) -> str:
 
 def tokenizer(family: str):
     control, bos, eos, _ = FAMILIES[family]
-    words = tiny.tokenizer(template(family))
-    # Published tokenizers keep line breaks before a word in one piece, which decides where an answer begins.
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    words = tiny.split_as_published(tiny.tokenizer(template(family)))
     words.add_special_tokens({"additional_special_tokens": control})
     words.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
     words.bos_token, words.eos_token = bos, eos
@@ -102,7 +96,7 @@ def test_every_answer_and_its_end_of_turn_is_supervised_and_nothing_else(family)
     renderer = ChatRenderer(words)
     assert answers(renderer).replace(" ", "") == f"{opens}riverstone{end}{opens}mapletiger{end}"
     assert answers(renderer, supervise="last_assistant").replace(" ", "") == f"{opens}mapletiger{end}"
-    assert renderer.ends_its_turn(renderer.training_ids(DIALOGUE))
+    assert not renderer.never_ends(renderer.training_ids(DIALOGUE))
 
 
 @pytest.mark.parametrize("family", ["llama3_training", "qwen2_5_training", "qwen3_training", "gemma3_training"])
@@ -155,5 +149,8 @@ def test_training_does_not_start_without_supervised_tokens_or_without_an_end_of_
     tiny.tokenizer().save_pretrained(folder)
     silent = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}{% endgeneration %}"
     refused(tiny.job(folder, **{"model.chat_template": silent}), tmp_path / "silent", "no_supervised_tokens")
-    endless = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    endless = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     refused(tiny.job(folder, **{"model.chat_template": endless}), tmp_path / "endless", "no_end_of_turn")
+    plain = tiny.job(folder, **{"model.chat_template": endless.replace("<|im_start|>", "")})
+    prepared = prepare_locally(plain, [Record(source="t", position=0, messages=DIALOGUE)], str(tmp_path / "plain"))
+    assert prepared.accepted == 1
