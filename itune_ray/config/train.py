@@ -9,6 +9,7 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
+from itune_ray.config.course import Curriculum
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
@@ -352,6 +353,8 @@ class TrainJob(Job):
         "gradient_checkpointing",
     }
 
+    silent_at_default = frozenset({"curriculum"})
+
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     objective: ObjectiveConfig = SftConfig()
@@ -367,6 +370,8 @@ class TrainJob(Job):
     """Documents (chats or texts) per optimizer step, over all workers."""
     max_length: Positive = 2048
     """Longest chat or text in tokens; a longer one is quarantined with reason `too_long`."""
+    curriculum: Curriculum | None = None
+    """Rows by difficulty; default: epochs of shuffled rows."""
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None
