@@ -29,7 +29,7 @@ class InitConfig(Schema):
 class TrainedModel(Schema):
     """The model to train: a pretrained one by `path`, or a fresh one by `init`."""
 
-    silent_at_default = frozenset({"thinking"})
+    silent_at_default = frozenset({"thinking", "added_tokens"})
 
     path: str | None = None
     """See `ModelRef.path`; excludes `init`."""
@@ -43,6 +43,9 @@ class TrainedModel(Schema):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become tokens of their own, e.g. the `added_tokens` of a task_tokens artifact; the export has them.
+    Their embeddings start as the mean of all others; with LoRA they belong in `peft.train_tokens` too."""
     adapter: str | None = None
     """A LoRA adapter folder or URI to train on, e.g. `step://sft/adapter`; `peft` must ask for the same rank, scale,
     matrices and trained tokens. The adapter that is written replaces it: it holds both trainings."""
@@ -55,7 +58,24 @@ class TrainedModel(Schema):
             raise ValueError(
                 "model.adapter continues a LoRA adapter: set model.peft.type=lora and model.path to its base"
             )
+        self._check_added_tokens()
         return self
+
+    def _check_added_tokens(self) -> None:
+        added = self.added_tokens
+        if len(set(added)) < len(added):
+            raise ValueError(f"model.added_tokens names a token twice: {', '.join(added)}")
+        if added and self.peft.type not in ("full", "lora"):
+            raise ValueError(
+                f"{self.peft.type} would leave the embeddings of model.added_tokens as they start: set model.peft.type "
+                "to full, or to lora with train_tokens"
+            )
+        left = [t for t in added if isinstance(self.peft, LoraConfig) and t not in self.peft.train_tokens]
+        if left:
+            raise ValueError(
+                f"LoRA would leave the embeddings of added tokens as they start: add {', '.join(left)} to "
+                "model.peft.train_tokens"
+            )
 
     def reference(self) -> ModelRef:
         """The pretrained model as a `ModelRef`."""

@@ -128,6 +128,10 @@ class ChatRenderer:
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
+    def knows(self, token: str) -> bool:
+        """Whether the text is one token of the vocabulary."""
+        return self.tokenizer.convert_tokens_to_ids(token) not in (None, self.tokenizer.unk_token_id)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the chat followed by the generation prompt: what an engine continues."""
         return self._encode(self.prompt_text(messages))

@@ -329,6 +329,10 @@ def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Re
     the row was made to provoke (`red_team`), or where no end of an answer would be learned (`no_end_of_turn`)."""
     if record.meta.get(UNSAFE) is True:
         raise DocumentError("unsafe", "meta.unsafe: a row for evaluation, not for training")
+    task_tokens: object = record.meta.get("task_tokens")
+    for token in task_tokens if isinstance(task_tokens, list) else ():
+        if str(token).startswith("<|") and not renderer.knows(str(token)):
+            raise DocumentError("token_not_added", f"{token} is no token: name it in model.added_tokens")
     try:
         made = renderer.record_ids(record, supervise)
     except UnusableRow as error:
