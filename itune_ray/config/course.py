@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from itune_ray.config.base import Schema
+from itune_ray.config.shared import MixturePart
 
 Pacing = Literal["competence", "linear", "root", "quadratic", "exponential", "logarithmic", "step"]
 
@@ -26,3 +27,13 @@ class Curriculum(Schema):
     too late for all of them to be drawn."""
     power: Annotated[float, Field(gt=0)] = 2.0
     """p of root pacing."""
+
+
+class Replay(Schema):
+    """Rows of earlier stages beside the new ones, against forgetting (methods D38)."""
+
+    data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    """What was learned before, a part for each task: rows of earlier artifacts, e.g. `step://curate-a/kept`. A part's
+    weight is its share of the replayed rows: equal ones, or how much of each task was forgotten."""
+    share: Annotated[float, Field(gt=0)] = 0.1
+    """Replayed rows for each new one; 0.01 to 0.1 is usual."""

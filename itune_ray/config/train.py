@@ -9,7 +9,7 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
-from itune_ray.config.course import Curriculum
+from itune_ray.config.course import Curriculum, Replay
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
@@ -373,10 +373,12 @@ class TrainJob(Job):
         "gradient_checkpointing",
     }
 
-    silent_at_default = frozenset({"curriculum"})
+    silent_at_default = frozenset({"curriculum", "replay"})
 
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    replay: Replay | None = None
+    """Rows of earlier stages to train on again."""
     objective: ObjectiveConfig = SftConfig()
     optimizer: OptimizerConfig = AdamwConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Make each text one token, wherever it stands. They are no special tokens: rows may hold them, and decoding keeps
     them. What the vocabulary has stays as it is."""
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    added: Any = [AddedToken(token, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added)
 
 
 def embed_new_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.observe.watch import explained_by
-from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
+from itune_ray.train.rows import VALIDATION, read_held_out, read_rows, replay_counts, validation_job
 
 if TYPE_CHECKING:
     import ray.data
@@ -72,7 +72,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         return artifact
     cluster.connect(job.run.ray, progress.say)
     _make_room(job, engines, progress.say)
-    records, unread = read_mixture(job.data)
+    records, unread = read_rows(job)
     prepared = prepare(job, records, artifact.path(), unread)
     if job.validation is not None:
         held_out, unread = read_held_out(job.validation.data)
@@ -94,6 +94,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
             "matrices": [{**dataclasses.asdict(m), "ratio": m.ratio} for m in report.matrices],
         },
         last_step=outcome.metrics,
+        **({} if job.replay is None else {"replayed": replay_counts(records)}),
     )
     return artifact
 
