@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, job in JOBS.items():
         command = commands.add_parser(name, help=job.help, description=job.help, epilog=f"Keys: itune keys {name}")
         _job_arguments(command)
-        command.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config (and rows to train on) and stop"
+        )
         command.add_argument("--quiet", action="store_true", help="print errors only")
         command.set_defaults(command=_run, job=name)
     submit = commands.add_parser("submit", help="run a job on a Ray cluster through its job server")
@@ -129,14 +131,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(job: Any, resolved: str) -> int:
-    """Print the resolved config; a pipeline's steps are checked and resolved too."""
+    """Print the resolved config; a pipeline's steps are checked and resolved too, of a training job rows are shown."""
     from itune_ray.config.base import to_yaml
     from itune_ray.config.pipeline import PipelineJob
+    from itune_ray.config.train import TrainJob
     from itune_ray.pipeline.output import receivers
 
     print(resolved, end="")
     for line in receivers(job) or ["rows go to no other host"]:
         print(f"# {line}")
+    if isinstance(job, TrainJob):
+        _show_rows(job)
     if isinstance(job, PipelineJob):
         from itune_ray.pipeline.step import plan
 
@@ -144,6 +149,21 @@ def _dry_run(job: Any, resolved: str) -> int:
             full = step.resolve(lambda name, payload: f"step://{name}/{payload}".rstrip("/"))
             print(f"---\n# step {step.name}: itune {step.job}\n{to_yaml(full)}", end="")
     return 0
+
+
+def _show_rows(job: Any) -> None:
+    """A sample of what would be learned, as comments; why there is none, where the model or the rows are elsewhere."""
+    from itune_ray.observe.logs import quiet_environment
+
+    quiet_environment()
+    from itune_ray.train.preview import preview
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    try:
+        for line in preview(job, colour):
+            print(f"# {line}")
+    except ITuneError as error:
+        print(f"# no sample of the rows: {' '.join(str(error).split())}")
 
 
 def _log_file(job: Any) -> Path:

@@ -50,7 +50,7 @@ def measure(job: GenerateJob, records: list[Record], runs: int, warm_up: int) ->
     if on_cpu:
         set_num_threads(threads)
     length = llm.llm_engine.vllm_config.model_config.max_model_len
-    encoder = PromptEncoder(load_tokenizer(tokenizer, model), model.chat_template, length)
+    encoder = PromptEncoder(load_tokenizer(tokenizer, model), model.chat_template, length, model.thinking)
     sampling = sampling_of(job.sampling)
     _run(llm, encoder, sampling, job.seed, records[:warm_up])
     return [_run(llm, encoder, sampling, job.seed, records) for _ in range(runs)]

@@ -40,7 +40,7 @@ class Pruner:
         self._model = self._load().to(self._device).eval()  # type: ignore[arg-type]
         self._blocks, self._shape = blocks_of(self._model), shape_of(self._model)
         kept_counts(job.method, self._shape)
-        renderer = ChatRenderer(self._tokenizer, ref.chat_template)
+        renderer = ChatRenderer(self._tokenizer, ref.chat_template, ref.thinking)
         calibration = calibrate_on(self._records, job.calibration, renderer, pad_id(self._tokenizer), job.seed)
         self._calibration = calibration
         self._scores = Scores(self._model, self._blocks, self._shape, job.method.importance)

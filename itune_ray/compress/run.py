@@ -98,7 +98,12 @@ def _result(reference: Any) -> Any:
 def _speeds(
     job: CompressJob, speed: SpeedConfig, smaller: str, asked: Sequence[Record], engines: EngineHost
 ) -> dict[str, Any]:
-    after = ModelRef(path=smaller, chat_template=job.model.chat_template, dtype=job.model.dtype)
+    after = ModelRef(
+        path=smaller,
+        chat_template=job.model.chat_template,
+        dtype=job.model.dtype,
+        thinking=job.model.thinking,
+    )
     before = job.model.model_copy(update={"adapter": None})
     models = {"before": before, "after": after}
     pools = {n: engines.pool(ServedModel(model=m, engine=speed.engine, pool=speed.pool)) for n, m in models.items()}

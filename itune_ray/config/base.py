@@ -35,10 +35,16 @@ class Schema(BaseModel):
     beside_identity: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide where or how fast, never what: left out of the artifact's id."""
 
+    silent_at_default: ClassVar[frozenset[str]] = frozenset()
+    """Fields that ask for something more: left out of the artifact's id where they hold their default."""
+
     def identity(self) -> Tree:
         """What decides the content of the artifact this section describes, as JSON values, sections below included."""
         fields = (name for name in type(self).model_fields if name not in self.beside_identity)
-        return {name: _identity(getattr(self, name)) for name in fields}
+        return {name: _identity(getattr(self, name)) for name in fields if not self._silent(name)}
+
+    def _silent(self, name: str) -> bool:
+        return name in self.silent_at_default and getattr(self, name) == type(self).model_fields[name].default
 
 
 S = TypeVar("S", bound=Schema)

@@ -110,8 +110,20 @@ class MixturePart(Schema):
 # --- models --------------------------------------------------------------------------------------------------------
 
 
+class ThinkingBudget(Schema):
+    """Thoughts of limited length."""
+
+    budget: Positive
+    """Tokens of a thought; a longer one is cut, and the answer follows."""
+
+
+Thinking = Literal["keep", "strip"] | ThinkingBudget
+
+
 class ModelRef(Schema):
     """A pretrained model as others publish it: nothing is keyed on its name."""
+
+    silent_at_default = frozenset({"thinking"})
 
     path: str
     """A Hub id, a folder, a URI (s3://, gs://), `playground://base`, `playground://teacher`, or in a pipeline
@@ -126,6 +138,9 @@ class ModelRef(Schema):
     """A Jinja chat template, or a file that holds one, for models that ship none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    thinking: Thinking = "keep"
+    """What becomes of a reasoning model's thoughts, in training, generation and evaluation alike: keep; strip; or
+    {budget: N}, by which they end after N tokens. Benchmarks grade what follows a thought."""
 
 
 # --- engines -------------------------------------------------------------------------------------------------------
@@ -305,6 +320,10 @@ class ServedModel(Schema):
     def _one_client(self) -> "ServedModel":
         if isinstance(self.engine, HttpEngineConfig) and self.pool.most != 1:
             raise ValueError("pool.replicas must be 1 for an http engine: one client keeps its rate limits")
+        if isinstance(self.engine, HttpEngineConfig) and self.model.thinking != "keep":
+            raise ValueError(
+                "an endpoint renders chats itself: tell it about thoughts by engine.extra, and leave out model.thinking"
+            )
         return self
 
 

@@ -9,8 +9,9 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
+from itune_ray.config.course import Curriculum, Replay
 from itune_ray.config.roles import Env, Holder, Role
-from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
+from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
 # --- the model -----------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,8 @@ class InitConfig(Schema):
 class TrainedModel(Schema):
     """The model to train: a pretrained one by `path`, or a fresh one by `init`."""
 
+    silent_at_default = frozenset({"thinking", "added_tokens"})
+
     path: str | None = None
     """See `ModelRef.path`; excludes `init`."""
     init: InitConfig | None = None
@@ -35,9 +38,14 @@ class TrainedModel(Schema):
     tokenizer: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    thinking: Thinking = "keep"
+    """See `ModelRef.thinking`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become tokens of their own, e.g. the `added_tokens` of a task_tokens artifact; the export has them.
+    Their embeddings start as the mean of all others; with LoRA they belong in `peft.train_tokens` too."""
     adapter: str | None = None
     """A LoRA adapter folder or URI to train on, e.g. `step://sft/adapter`; `peft` must ask for the same rank, scale,
     matrices and trained tokens. The adapter that is written replaces it: it holds both trainings."""
@@ -50,7 +58,24 @@ class TrainedModel(Schema):
             raise ValueError(
                 "model.adapter continues a LoRA adapter: set model.peft.type=lora and model.path to its base"
             )
+        self._check_added_tokens()
         return self
+
+    def _check_added_tokens(self) -> None:
+        added = self.added_tokens
+        if len(set(added)) < len(added):
+            raise ValueError(f"model.added_tokens names a token twice: {', '.join(added)}")
+        if added and self.peft.type not in ("full", "lora"):
+            raise ValueError(
+                f"{self.peft.type} would leave the embeddings of model.added_tokens as they start: set model.peft.type "
+                "to full, or to lora with train_tokens"
+            )
+        left = [t for t in added if isinstance(self.peft, LoraConfig) and t not in self.peft.train_tokens]
+        if left:
+            raise ValueError(
+                f"LoRA would leave the embeddings of added tokens as they start: add {', '.join(left)} to "
+                "model.peft.train_tokens"
+            )
 
     def reference(self) -> ModelRef:
         """The pretrained model as a `ModelRef`."""
@@ -61,6 +86,7 @@ class TrainedModel(Schema):
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
             trust_remote_code=self.trust_remote_code,
+            thinking=self.thinking,
         )
 
 
@@ -375,8 +401,12 @@ class TrainJob(Job):
         "gradient_checkpointing",
     }
 
+    silent_at_default = frozenset({"curriculum", "replay"})
+
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    replay: Replay | None = None
+    """Rows of earlier stages to train on again."""
     objective: ObjectiveConfig = SftConfig()
     optimizer: OptimizerConfig = AdamwConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -390,6 +420,8 @@ class TrainJob(Job):
     """Documents (chats or texts) per optimizer step, over all workers."""
     max_length: Positive = 2048
     """Longest chat or text in tokens; a longer one is quarantined with reason `too_long`."""
+    curriculum: Curriculum | None = None
+    """Rows by difficulty; default: epochs of shuffled rows."""
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None

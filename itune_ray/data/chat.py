@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jinja2
 
+from itune_ray.config.shared import Thinking, ThinkingBudget
 from itune_ray.data.records import Message, Record
+from itune_ray.data.thinking import answer_of, within_budget
 from itune_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -90,15 +92,21 @@ class ChatRenderer:
         tokenizer: A transformers tokenizer.
         template: A Jinja chat template, or a path to a file that holds one; default: the tokenizer's own. It is set
             on the tokenizer too, so that an exported model carries the template it was trained with.
+        thinking: What becomes of thoughts in assistant turns. A template that knows `enable_thinking` (its prompt then
+            opens a thought or an answer) is told false by `strip` and true by a budget.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None, thinking: Thinking = "keep"):
         self.tokenizer: Any = tokenizer
+        self._thinking: Thinking = thinking
+        self._told: dict[str, Any] = {} if thinking == "keep" else {"enable_thinking": thinking != "strip"}
         if template is not None:
             tokenizer.chat_template = read_template(template)
         self._has_markers = bool(_GENERATION_MARKER.search(self.template or ""))
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._control = _any_of(special | set(self.tokenizer.all_special_tokens))
+        special |= set(self.tokenizer.all_special_tokens)
+        self._control = _any_of(special)
+        self._control_ids = frozenset(self.tokenizer.convert_tokens_to_ids(sorted(special)))
 
     @property
     def template(self) -> str | None:
@@ -108,14 +116,21 @@ class ChatRenderer:
 
     @property
     def template_hash(self) -> str:
-        """First 16 hex of SHA-256 of the template, for identities and caches; empty without one."""
-        return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.template else ""
+        """First 16 hex of SHA-256 of the template and of what becomes of thoughts, for identities and caches; empty
+        without a template."""
+        thinking = self._thinking if isinstance(self._thinking, str) else str(self._thinking.budget)
+        text = f"{self.template or ''}{'' if thinking == 'keep' else thinking}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 
     @property
     def vocabulary_hash(self) -> str:
         """First 16 hex of SHA-256 of the vocabulary: token ids mean the same only where it is equal."""
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+    def knows(self, token: str) -> bool:
+        """Whether the text is one token of the vocabulary."""
+        return self.tokenizer.convert_tokens_to_ids(token) not in (None, self.tokenizer.unk_token_id)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the chat followed by the generation prompt: what an engine continues."""
@@ -124,13 +139,14 @@ class ChatRenderer:
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The rendered string behind `prompt_ids`; raises `ControlTokens` for a chat that holds some."""
         self._check_content(messages)
-        return self._render(messages, generation_prompt=True)
+        return self._render(self._thought(messages), generation_prompt=True)
 
     def user_opening_ids(self, messages: Sequence[Message] = ()) -> list[int]:
         """Ids of the chat followed by what the template writes before a user's words: a model that goes on from there
         writes the user's turn. Raises `TemplateRefused` for a template that leaves the words out."""
         self._check_content(messages)
-        head, found, _ = self._render([*messages, {"role": "user", "content": _WORDS}]).partition(_WORDS)
+        asked = [*self._thought(messages), {"role": "user", "content": _WORDS}]
+        head, found, _ = self._render(asked).partition(_WORDS)
         if not found:
             raise TemplateRefused("the chat template leaves a user's words out")
         return self._encode(head)
@@ -155,6 +171,9 @@ class ChatRenderer:
 
         The first token of a document is never predicted, so it counts for nothing even where the mask says True.
         """
+        return self._training_ids(self._thought(messages), supervise)
+
+    def _training_ids(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         _check_answer(messages)
         self._check_content(messages)
         if supervise == "all":
@@ -168,9 +187,17 @@ class ChatRenderer:
             raise NoSupervisedTokens("no token of the chat would be trained", got=_shorten(messages))
         return rendered
 
+    def never_ends(self, rendered: Rendered) -> bool:
+        """Whether a template that sets turns apart by control tokens leaves the answer's last one unsupervised: a model
+        that is trained so never learns to stop. A template of plain text has none to learn."""
+        last = len(rendered.supervised) - 1 - rendered.supervised[::-1].index(True)
+        marks = (self._control_ids - {self.tokenizer.bos_token_id}) | {self.tokenizer.eos_token_id}
+        return rendered.input_ids[last] not in marks and not marks.isdisjoint(rendered.input_ids)
+
     def answer_tokens(self, messages: Sequence[Message]) -> AnswerTokens:
         """The final answer's tokens apart from its prompt's, cut where training cuts; raises `UnusableRow`."""
-        rendered = self.training_ids(messages, "last_assistant")
+        messages = self._thought(messages)
+        rendered = self._training_ids(messages, "last_assistant")
         ids, start = rendered.input_ids, rendered.supervised.index(True)
         end = len(ids) - rendered.supervised[::-1].index(True)
         asked = self._render(messages[:-1])
@@ -180,17 +207,22 @@ class ChatRenderer:
 
     def _by_markers(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         try:
-            encoded = self.tokenizer.apply_chat_template(list(messages), return_assistant_tokens_mask=True)
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages), return_assistant_tokens_mask=True, **self._told
+            )
         except (jinja2.TemplateError, OverflowError) as error:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
         ids = list(encoded["input_ids"])
         spans = _runs([bool(flag) for flag in encoded["assistant_masks"]])
-        spans = [(start, self._with_end_of_turn(ids, end)) for start, end in spans]
+        spans = [(start, self._with_end_of_turn(ids, start, end)) for start, end in spans]
         return Rendered(ids, _mask(len(ids), spans[-1:] if supervise == "last_assistant" else spans))
 
-    def _with_end_of_turn(self, ids: list[int], end: int) -> int:
+    def _with_end_of_turn(self, ids: list[int], start: int, end: int) -> int:
         """Templates that close the marked block before the end-of-turn token would teach the model never to stop."""
-        return end + 1 if end < len(ids) and ids[end] == self.tokenizer.eos_token_id else end
+        closed = self._cut_after_end_of_turn(ids, start, end)
+        if ids[closed - 1] not in self._control_ids and end < len(ids) and ids[end] in self._control_ids:
+            return end + 1
+        return closed
 
     def _by_prefix_difference(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
         whole = self._render(messages)
@@ -216,10 +248,18 @@ class ChatRenderer:
         return start, self._cut_after_end_of_turn(ids, start, end)
 
     def _cut_after_end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Drop what the template writes after the end-of-turn token (often a newline): no engine generates it."""
+        """Drop what the template writes after the end-of-turn token (often a newline): no engine generates it.
+
+        That token is the tokenizer's end of text, or another control token (Gemma's) with nothing but white space
+        after it.
+        """
         eos = self.tokenizer.eos_token_id
-        last = max((i for i in range(start, end) if ids[i] == eos), default=end - 1)
-        return last + 1
+        if (last := max((i for i in range(start, end) if ids[i] == eos), default=None)) is not None:
+            return last + 1
+        last = end - 1
+        while last > start and ids[last] not in self._control_ids and not self.tokenizer.decode([ids[last]]).strip():
+            last -= 1
+        return last + 1 if ids[last] in self._control_ids else end
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         if self.template is None:
@@ -230,10 +270,21 @@ class ChatRenderer:
             return ""
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._told
             )
         except (jinja2.TemplateError, OverflowError) as error:
             raise TemplateRefused(f"the chat template refused the chat: {error}", got=_shorten(messages)) from None
+
+    def _thought(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The chat with the thoughts of its assistant turns kept, left out or cut."""
+        if self._thinking == "keep":
+            return messages
+        return [{**m, "content": self._turn(m["content"])} if m["role"] == "assistant" else m for m in messages]
+
+    def _turn(self, content: str) -> str:
+        if isinstance(self._thinking, ThinkingBudget):
+            return within_budget(content, self._thinking.budget, self.tokenizer)
+        return answer_of(content)
 
     def _check_content(self, messages: Sequence[Message]) -> None:
         for message in messages:

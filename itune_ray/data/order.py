@@ -140,12 +140,14 @@ def write_order(
     capacity: int | None,
     epochs: float | None,
     steps: int | None,
+    order: Order | None = None,
 ) -> Plan:
     """Write the packed table of a run to `folder` (a path or URI) and return its plan, which is written last.
 
     Args:
         documents: `DOCUMENT_SCHEMA`, further list columns allowed.
         capacity: Tokens of a packed row; None puts every document in a row of its own.
+        order: Of the same documents; default: epochs in the order of a hash.
     """
     target = Folder.at(folder)
     target.fs.create_dir(target.path, recursive=True)
@@ -154,7 +156,7 @@ def write_order(
         [*PACKED_SCHEMA, *(field for field in documents.schema if field.name not in DOCUMENT_SCHEMA.names)]
     )
     keys: list[str] = documents["key"].to_pylist()
-    order = Order(keys, documents["weight"].to_pylist(), seed, batch)
+    order = order or Order(keys, documents["weight"].to_pylist(), seed, batch)
     step_rows: list[dict[str, object]] = []
     tokens, done, writer = 0, 0.0, None
     for step, (done, indices) in enumerate(order.steps(epochs, steps)):

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from itune_ray.config.shared import Thinking
 from itune_ray.data.chat import ChatRenderer, UnusableRow
 from itune_ray.engine.base import Request
 
@@ -20,11 +21,18 @@ class PromptEncoder:
         tokenizer: The model's tokenizer.
         template: Chat template instead of the tokenizer's own.
         max_model_len: Tokens of prompt plus answer.
+        thinking: What becomes of thoughts.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None, max_model_len: int):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str | None,
+        max_model_len: int,
+        thinking: Thinking = "keep",
+    ):
         self._tokenizer: Any = tokenizer
-        self._renderer = ChatRenderer(tokenizer, template)
+        self._renderer = ChatRenderer(tokenizer, template, thinking)
         self._max_model_len = max_model_len
 
     def encode(self, request: Request) -> list[int]:

@@ -5,6 +5,7 @@ engine, so chunking is off there and the seeds stay; thread binding costs a fact
 """
 
 import asyncio
+import dataclasses
 import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -12,9 +13,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune_ray.config.shared import ModelRef, VllmEngineConfig
+from itune_ray.config.shared import ModelRef, Thinking, ThinkingBudget, VllmEngineConfig
 from itune_ray.data.fingerprint import named
 from itune_ray.data.hub import read_config, resolve
+from itune_ray.data.thinking import CLOSE, OPEN, answer_of
 from itune_ray.engine.adapters import AdapterSlots
 from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, one_line
 from itune_ray.engine.base import Completion, EngineDiedError, FinishReason, Request, Sample, Sampling
@@ -64,7 +66,8 @@ class VllmEngine:
         self.name = f"{named(model.path)}@{folder.revision or folder.fingerprint}"
         encoder = load_tokenizer(tokenizer, model)
         self._backend = _load(config, model, folder.path, tokenizer, threads, can_sleep)
-        self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len)
+        self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len, model.thinking)
+        self._thinking: Thinking = model.thinking
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
         self._embedded = 0
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
@@ -115,14 +118,19 @@ class VllmEngine:
             ids = self._prompts.encode(request)
             async with self._lora(request.adapter) as lora:
                 self._check_scoring(request.sampling)
-                output = await self._backend.complete(_tokens(ids), sampling_params(request.sampling), lora)
+                params = sampling_params(request.sampling, self._budget(request))
+                output = await self._backend.complete(_tokens(ids), params, lora)
         except EngineDiedError:
             raise
         except (BadPromptError, ITuneError) as error:
             return Completion(id=request.id, error=str(error))
         except Exception as error:  # noqa: BLE001  vLLM refuses a single request with many kinds of errors
             return Completion(id=request.id, error=f"invalid_request: {one_line(error)}")
-        return completion_of(request, output)
+        completion = completion_of(request, output)
+        return without_thoughts(completion) if request.messages and self._thinking == "strip" else completion
+
+    def _budget(self, request: Request) -> int | None:
+        return self._thinking.budget if request.messages and isinstance(self._thinking, ThinkingBudget) else None
 
     def _check_scoring(self, sampling: Sampling) -> None:
         """Where nothing corrects it (`scoring`), an adapter on the head would leak into other rows' prompts."""
@@ -182,11 +190,13 @@ def _load(
         os.environ.update({k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ})
         check_head_dim(folder, model.path)
     try:
-        from vllm.config import StructuredOutputsConfig
+        from vllm.config import ReasoningConfig, StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         given = engine_args(config, model, folder, tokenizer, on_cpu)
         given |= {"enable_sleep_mode": True} if can_sleep and not on_cpu else {}
+        if isinstance(model.thinking, ThinkingBudget):
+            given["reasoning_config"] = ReasoningConfig(reasoning_start_str=OPEN, reasoning_end_str=CLOSE)
         # White space between JSON's tokens is where a small model stays until `max_tokens`.
         structure = {"backend": "xgrammar", "disable_any_whitespace": True}
         given["structured_outputs_config"] = StructuredOutputsConfig(
@@ -228,7 +238,7 @@ def engine_args(config: VllmEngineConfig, model: ModelRef, folder: str, tokenize
     return args | config.extra
 
 
-def sampling_params(sampling: Sampling) -> Any:
+def sampling_params(sampling: Sampling, thinking_budget: int | None = None) -> Any:
     """vLLM's `SamplingParams`; only the final output is asked for.
 
     vLLM refuses n greedy samples, which are all the same: one is drawn, and `completion_of` gives it n times.
@@ -243,6 +253,7 @@ def sampling_params(sampling: Sampling) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
+        thinking_token_budget=thinking_budget,
         ignore_eos=sampling.ignore_end,
         stop=list(sampling.stop),
         logprobs=sampling.logprobs,
@@ -286,6 +297,13 @@ def completion_of(request: Request, output: Any) -> Completion:
         prompt_logprobs=_prompt_logprobs(output.prompt_logprobs),
         num_cached_tokens=output.num_cached_tokens or 0,
     )
+
+
+def without_thoughts(completion: Completion) -> Completion:
+    """The completion whose texts are without thoughts; its tokens and their log-probabilities are all that was
+    generated."""
+    samples = tuple(dataclasses.replace(sample, text=answer_of(sample.text)) for sample in completion.samples)
+    return dataclasses.replace(completion, samples=samples)
 
 
 def _prompt_logprobs(entries: Sequence[Mapping[int, Any] | None] | None) -> tuple[dict[int, float] | None, ...] | None:

@@ -11,6 +11,7 @@ from itune_ray.config.base import digest
 from itune_ray.config.shared import ModelRef, SamplingConfig
 from itune_ray.data.chat import ChatRenderer, Rendered, UnusableRow
 from itune_ray.data.records import row_seed
+from itune_ray.data.thinking import answer_of
 from itune_ray.engine.base import Completion, Request, Sampling
 from itune_ray.engine.llm import sampling_of
 from itune_ray.errors import EvalError
@@ -143,7 +144,8 @@ class Asker:
         else:
             sample = completion.samples[0]
             reply, tokens = Reply(text=sample.text, finish_reason=sample.finish_reason), len(sample.token_ids)
-        grade = self._benchmarks[question.benchmark].grade(question.item, reply)
+        said = dataclasses.replace(reply, text=answer_of(reply.text))
+        grade = self._benchmarks[question.benchmark].grade(question.item, said)
         return Answer(
             question=question,
             reply=reply,

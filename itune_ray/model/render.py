@@ -17,4 +17,4 @@ def model_renderer(ref: ModelRef) -> ChatRenderer:
 def _renderer(ref_json: str) -> ChatRenderer:
     ref = ModelRef.model_validate_json(ref_json)
     folder = resolve(ref.tokenizer or ref.path, revision=None if ref.tokenizer else ref.revision, kind="tokenizer")
-    return ChatRenderer(load_tokenizer(folder.path, ref.trust_remote_code), ref.chat_template)
+    return ChatRenderer(load_tokenizer(folder.path, ref.trust_remote_code), ref.chat_template, ref.thinking)

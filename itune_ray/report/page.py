@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from itune_ray.config.report import ReportJob
-from itune_ray.report import figures
+from itune_ray.report import continual, figures
 from itune_ray.report import format as shown
 from itune_ray.report.collect import Row, Run, Stage
 from itune_ray.report.compare import (
@@ -82,6 +82,7 @@ def render(run: Run, job: ReportJob, pairs: Sequence[Comparison], command: str, 
         "samples": _samples(main, job),
         "pairs": [stated(comparison) for comparison in pairs],
         "many": _many(run),
+        "continual": continual.section(run, job.continual),
         "training": _training(run),
         "inventions": inventions(run),
         "alignments": alignments(run),

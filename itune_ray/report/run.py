@@ -35,7 +35,7 @@ def run(job: ReportJob, runs: RunStore, stage: str, engines: object, progress: P
             pairs = pairs_of(collected, job)
             page = render(collected, job, pairs, command_line(sys.argv), time.strftime("%Y-%m-%d %H:%M"))
             artifact.folder.write_bytes("report.html", page.encode())
-            artifact.folder.write_bytes("tables.csv", tables_csv(collected, pairs).encode())
+            artifact.folder.write_bytes("tables.csv", tables_csv(collected, pairs, job.continual).encode())
             artifact.folder.write_json("summary.json", summarise(inputs, skipped))
             task.update(len(inputs))
         artifact.finish(rows=len(inputs))

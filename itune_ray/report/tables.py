@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from itune_ray.config.axes import told
+from itune_ray.config.report import Continual
+from itune_ray.report import continual
 from itune_ray.report.collect import Row, Run, Stage
 from itune_ray.report.compare import Comparison
 
@@ -22,8 +24,8 @@ COLUMNS: tuple[str, ...] = (
     "n",
     "unit",
 )
-"""table: scores, categories, groups, pairs, funnel, stages, parameters, training, validation, compression or sweep; in
-pairs, `slice` is the model before. Columns that do not apply are empty."""
+"""table: scores, categories, groups, pairs, funnel, stages, parameters, training, validation, compression, sweep or
+continual; in pairs, `slice` is the model before. Columns that do not apply are empty."""
 _BOOKKEEPING = frozenset({"step", "epoch", "tokens", "ranks", "seconds", "tokens_per_s", "n", "low", "high"})
 """Of a line of metrics.jsonl or validation.jsonl: what is no figure of its own."""
 _PROPORTIONS = frozenset({"reward_accuracy"})
@@ -32,17 +34,19 @@ _PROPORTIONS = frozenset({"reward_accuracy"})
 Line = dict[str, Any]
 
 
-def tables_csv(run: Run, pairs: Sequence[Comparison] = ()) -> str:
+def tables_csv(run: Run, pairs: Sequence[Comparison] = (), stages: Continual | None = None) -> str:
     """The whole file.
 
     Args:
         pairs: Model against model, on the same items.
+        stages: Models that learned one task after another.
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines(run))
     writer.writerows(_pair_line(comparison) for comparison in pairs)
+    writer.writerows(continual.lines(run, stages))
     return out.getvalue()
 
 

@@ -18,6 +18,7 @@ from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter
+from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -53,7 +54,17 @@ class Built:
 
 def load_renderer(model: TrainedModel) -> ChatRenderer:
     """The tokenizer with the chat template in force."""
-    return ChatRenderer(load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code), model.chat_template)
+    tokenizer = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code)
+    add_tokens(tokenizer, model.added_tokens)
+    return ChatRenderer(tokenizer, model.chat_template, model.thinking)
+
+
+def _new_tokens(model: TrainedModel) -> list[str]:
+    """Those of the added tokens that the model's own vocabulary lacks."""
+    if not model.added_tokens or model.init is not None:
+        return []
+    vocabulary = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code).get_vocab()
+    return [token for token in model.added_tokens if token not in vocabulary]
 
 
 def tokenizer_folder(model: TrainedModel) -> ResolvedModel:
@@ -70,6 +81,8 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     """Build, adapt and place the model of a job on this rank."""
     folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
     model, empty = _base_model(job, folder, tokenizer, strategy, world)
+    if fresh := _new_tokens(job.model):
+        embed_new_tokens(model, tokenizer, fresh)
     _check_vocabulary(model, tokenizer)
     if (job.packing or job.segments > 1) and not can_pack(model):
         raise TrainError(
@@ -133,7 +146,7 @@ def _base_model(
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)
-    if covers(folder, model) and starts_by_name(job.model.peft):
+    if covers(folder, model) and starts_by_name(job.model.peft) and not job.model.added_tokens:
         return model, True
     model = load_model(folder, **arguments)
     return (model if has_reward_head(folder) else _with_fresh_head(model, job)), False

@@ -2,7 +2,7 @@
 
 | rows | a row holds | a document has |
 |---|---|---|
-| answers | a chat with an answer, or a text | one segment |
+| answers | a chat with an answer, or a text | one segment (one per answer, if the template rewrites history) |
 | pairs | a chat with an answer, and the answer it was preferred to | two segments: chosen, rejected |
 | compared | as pairs | as pairs, and a margin |
 | labelled | a chat with an answer and a label, or a pair | one segment per answer, and as many mismatched |
@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from itune_ray.config.train import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig, TrainJob
-from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, UnusableRow
+from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, TemplateRewritesHistory, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import UNSAFE, Record, row_seed
 from itune_ray.errors import TrainError
@@ -73,7 +73,11 @@ class Completed(Protocol):
 
 
 class Answers:
-    """A chat or text as one segment, its answers supervised."""
+    """A chat or text as one segment, its answers supervised.
+
+    Where the template renders earlier turns otherwise than the last one (reasoning models drop old thoughts), packed
+    training takes one segment per answer, together within `pack_length`; unpacked, the row is rejected.
+    """
 
     schema = DOCUMENT_SCHEMA
     wanted = "at least one row with an answer within max_length"
@@ -81,9 +85,27 @@ class Answers:
     def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
         """See `Documents.document`."""
         assert isinstance(job.objective, SftConfig)
-        ids, supervised = rendered(record, renderer, job.objective.supervise)
-        check_length(len(ids), job)
-        return {"input_ids": ids, "supervised": supervised, "lengths": [len(ids)]}
+        try:
+            parts = [rendered(record, renderer, job.objective.supervise)]
+        except DocumentError as error:
+            if error.reason != TemplateRewritesHistory.reason or not job.packing:
+                raise
+            parts = _one_per_answer(record, renderer)
+        lengths = [len(part.input_ids) for part in parts]
+        check_length(max(lengths), job)
+        if job.packing and sum(lengths) > job.pack_capacity:
+            raise DocumentError("too_long", f"{sum(lengths)} tokens, pack_length {job.pack_capacity}", sum(lengths))
+        return {
+            "input_ids": [i for part in parts for i in part.input_ids],
+            "supervised": [flag for part in parts for flag in part.supervised],
+            "lengths": lengths,
+        }
+
+
+def _one_per_answer(record: Record, renderer: ChatRenderer) -> list[Rendered]:
+    """Each answer of a dialogue as the last turn of its own chat: what the model sees when it writes that answer."""
+    turns = [k for k, m in enumerate(record.messages) if m["role"] == "assistant" and m["content"].strip()]
+    return [rendered(replace(record, messages=record.messages[: k + 1]), renderer, "last_assistant") for k in turns]
 
 
 class Pairs:
@@ -303,14 +325,21 @@ def documents_of(objective: ObjectiveConfig) -> Documents:
 
 
 def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Rendered:
-    """Token ids of a row and its supervised flags; raises `DocumentError` where the renderer cannot tell them, or where
-    the row was made to provoke (`red_team`)."""
+    """Token ids of a row and its supervised flags; raises `DocumentError` where the renderer cannot tell them, where
+    the row was made to provoke (`red_team`), or where no end of an answer would be learned (`no_end_of_turn`)."""
     if record.meta.get(UNSAFE) is True:
         raise DocumentError("unsafe", "meta.unsafe: a row for evaluation, not for training")
+    task_tokens: object = record.meta.get("task_tokens")
+    for token in task_tokens if isinstance(task_tokens, list) else ():
+        if str(token).startswith("<|") and not renderer.knows(str(token)):
+            raise DocumentError("token_not_added", f"{token} is no token: name it in model.added_tokens")
     try:
-        return renderer.record_ids(record, supervise)
+        made = renderer.record_ids(record, supervise)
     except UnusableRow as error:
         raise DocumentError(error.reason, str(error)) from None
+    if record.text is None and supervise != "all" and renderer.never_ends(made):
+        raise DocumentError("no_end_of_turn", "the chat template leaves the token that ends an answer untrained")
+    return made
 
 
 def number(value: object) -> float:

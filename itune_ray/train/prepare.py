@@ -6,6 +6,7 @@ the result, since the order depends on row keys alone.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ import pyarrow.compute as pc
 from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer
+from itune_ray.data.curriculum import CurriculumOrder
 from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
-from itune_ray.data.order import Plan, read_plan, write_order
+from itune_ray.data.order import Order, Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
-from itune_ray.train.documents import Completed, DocumentError, documents_of
+from itune_ray.train.documents import Completed, DocumentError, documents_of, number
 from itune_ray.train.rows import rejection
+
+DIFFICULTY = "difficulty"
+"""Column of tokenised documents where the job has a curriculum."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def renderer_for(model_json: str) -> ChatRenderer:
 
 def tokenised_schema(job: TrainJob) -> pa.Schema:
     """A tokenised document of the job's objective, or no tokens and the row's outcome as JSON."""
-    return pa.schema([*documents_of(job.objective).schema, ("rejection", pa.string())])
+    difficulty = [] if job.curriculum is None else [(DIFFICULTY, pa.float64())]
+    return pa.schema([*documents_of(job.objective).schema, *difficulty, ("rejection", pa.string())])
 
 
 def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
@@ -64,7 +70,13 @@ def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dic
         document = documents_of(job.objective).document(record, job, renderer)
     except DocumentError as error:
         return row | {"rejection": _json(rejection(record, error.reason, error.detail, score=error.score))}
-    return row | document
+    return row | document | ({} if job.curriculum is None else {DIFFICULTY: _difficulty(record)})
+
+
+def _difficulty(record: Record) -> float:
+    """What the curriculum filter wrote, or NaN."""
+    written: object = record.meta.get("curriculum")
+    return number(written.get("difficulty")) if isinstance(written, dict) else math.nan
 
 
 def _json(outcome: Outcome) -> str:
@@ -75,7 +87,8 @@ def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
     """Identity of the order, as far as the job decides it: settings, tokenizer and template."""
     settings = (job.seed, job.batch, job.epochs, job.steps, job.max_length, job.packing, job.pack_length)
     objective = job.objective.model_dump(mode="json")
-    return digest([settings, objective, renderer.vocabulary_hash, renderer.template_hash], length=16)
+    course = [] if job.curriculum is None else [job.curriculum.model_dump(mode="json")]
+    return digest([settings, objective, renderer.vocabulary_hash, renderer.template_hash, *course], length=16)
 
 
 def finished_preparation(job: TrainJob, renderer: ChatRenderer, stage_dir: str) -> PreparedData | None:
@@ -113,6 +126,7 @@ def write_prepared(
         )
     kind = documents_of(job.objective)
     documents = documents.drop_columns(["rejection"])
+    order, documents = _order(documents, job)
     if isinstance(kind, Completed):
         documents = kind.completed(documents, job)
     folder = stage / "order"
@@ -127,8 +141,26 @@ def write_prepared(
         capacity=capacity,
         epochs=job.epochs,
         steps=job.steps,
+        order=order,
     )
     return PreparedData(folder.uri, plan, documents.num_rows, counts)
+
+
+def _order(documents: pa.Table, job: TrainJob) -> tuple[Order | None, pa.Table]:
+    """The order that a curriculum asks for, and the documents without their difficulties."""
+    if job.curriculum is None:
+        return None, documents
+    difficulties: list[float] = documents[DIFFICULTY].to_pylist()
+    if all(map(math.isnan, difficulties)):
+        raise TrainError(
+            "no row says how difficult it is",
+            got=f"{len(difficulties)} rows without meta.curriculum",
+            allowed="rows of a curate job with the filter `curriculum`",
+            knob="curriculum",
+        )
+    keys, weights = documents["key"].to_pylist(), documents["weight"].to_pylist()
+    order = CurriculumOrder(keys, weights, job.seed, job.batch, difficulties, job.curriculum)
+    return order, documents.drop_columns([DIFFICULTY])
 
 
 def _all_of_one(rejected: dict[str, int]) -> str:

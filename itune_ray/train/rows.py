@@ -1,13 +1,16 @@
 """The rows of a training job: a weighted union of sources (survey eq. 5)."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
+from itune_ray.config.course import Replay
 from itune_ray.config.shared import MixturePart
 from itune_ray.config.train import TrainJob
 from itune_ray.data.ledger import Outcome
-from itune_ray.data.records import Record
+from itune_ray.data.mixture import capped_quotas
+from itune_ray.data.records import Record, row_seed
 from itune_ray.errors import DataError
 
 VALIDATION = "validation"
@@ -17,7 +20,8 @@ VALIDATION = "validation"
 def validation_job(job: TrainJob) -> TrainJob:
     """The job whose order is that of the held-out rows: each once, packed like the training rows."""
     assert job.validation is not None
-    return job.model_copy(update={"data": job.validation.data, "validation": None, "epochs": 1.0, "steps": None})
+    alone = {"data": job.validation.data, "validation": None, "curriculum": None, "epochs": 1.0, "steps": None}
+    return job.model_copy(update=alone)
 
 
 def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:
@@ -56,6 +60,43 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
             knob="data.N.source.name",
         )
     return rows, rejected
+
+
+def read_rows(job: TrainJob) -> tuple[list[Record], list[Outcome]]:
+    """The job's rows (see `read_mixture`), those it replays among them: `meta.replayed` names the part they are of."""
+    new, unread = read_mixture(job.data)
+    if job.replay is None:
+        return new, unread
+    return new + replayed(job.replay, new, job.seed), unread
+
+
+def replayed(replay: Replay, new: Sequence[Record], seed: int) -> list[Record]:
+    """`share` rows of earlier stages for each new one (rows counted by weight), split among the parts by their weights.
+
+    Of each part those come whose hash of (seed, key) is smallest, so that a larger share adds rows and changes none. A
+    row that is among the new ones is not replayed; a part that has too few leaves the rest to the others.
+    """
+    from itune_ray.data.sources import read_source
+
+    tables = [read_source(part.source) for part in replay.data]
+    seen = {row.key for row in new} | {row.content_hash for row in new}
+    memories: list[list[Record]] = []
+    for table in tables:
+        memory = [row for row in table.records if seen.isdisjoint((row.key, row.content_hash))]
+        seen |= {row.key for row in memory} | {row.content_hash for row in memory}
+        memories.append(sorted(memory, key=lambda row: (row_seed(seed, "train.replay", row.key), row.key)))
+    total = round(replay.share * math.fsum(row.weight for row in new))
+    quotas = capped_quotas([part.weight for part in replay.data], total, [len(memory) for memory in memories])
+    return [
+        dataclasses.replace(row, weight=1.0, meta={**row.meta, "replayed": table.name})
+        for table, memory, quota in zip(tables, memories, quotas, strict=True)
+        for row in memory[:quota]
+    ]
+
+
+def replay_counts(rows: Sequence[Record]) -> dict[str, int]:
+    """How many of the rows are replayed, by the part they are of."""
+    return dict(Counter(row.meta["replayed"] for row in rows if "replayed" in row.meta))
 
 
 def read_held_out(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:

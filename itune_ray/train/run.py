@@ -23,7 +23,7 @@ from itune_ray.engine.pool import EngineHost
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.train.board import OnProgress
-from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
+from itune_ray.train.rows import VALIDATION, read_held_out, read_rows, replay_counts, validation_job
 from itune_ray.train.workers import fit
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         return artifact
     cluster.connect(job.run.ray, progress.say)
     _make_room(job, engines, progress.say)
-    records, unread = read_mixture(job.data)
+    records, unread = read_rows(job)
     prepared = prepare(job, records, artifact.path(), unread)
     if job.validation is not None:
         held_out, unread = read_held_out(job.validation.data)
@@ -74,6 +74,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
             "matrices": [{**dataclasses.asdict(m), "ratio": m.ratio} for m in report.matrices],
         },
         last_step=outcome.metrics,
+        **({} if job.replay is None else {"replayed": replay_counts(records)}),
     )
     return artifact
 

@@ -19,9 +19,9 @@ from itune_ray.config.curate import CurateJob
 from itune_ray.curate import run as stage
 from itune_ray.curate.filters.deita import evol_score, expected_score
 from itune_ray.curate.filters.select import subset_size
-from itune_ray.curate.pacing import admitted, competence, percentile_ranks, stage_of
 from itune_ray.curate.tags import complexity_first, normalise_tag, parse_tags, tag_sets
 from itune_ray.data.artifact import Artifact, RunStore
+from itune_ray.data.pacing import admitted, competence, percentile_ranks, stage_of
 from itune_ray.data.records import Record, records_table
 from itune_ray.engine.base import Completion, Sample
 from itune_ray.engine.pool import EngineHost

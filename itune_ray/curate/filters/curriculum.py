@@ -6,7 +6,7 @@ from typing import Any
 
 from itune_ray.config.curate import CurriculumConfig
 from itune_ray.curate.filters.base import Choice, Reached, SetFilter
-from itune_ray.curate.pacing import admitted, percentile_ranks, stage_of
+from itune_ray.data.pacing import admitted, percentile_ranks, stage_of
 from itune_ray.data.records import row_seed
 
 
