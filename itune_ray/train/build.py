@@ -31,6 +31,7 @@ from itune_ray.model.logprobs import install_fused_head
 from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report, starts_by_name
 from itune_ray.model.peft.adalora import RankBudget
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
+from itune_ray.model.router import router_loss_weight
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
@@ -49,6 +50,8 @@ class Built:
     """Folder the base weights came from; None for a fresh model."""
     budget: RankBudget | None = None
     """AdaLoRA's, which takes part in every step."""
+    router_weight: float = 0.0
+    """Of the load-balancing loss, for a mixture of experts."""
 
 
 def load_renderer(model: TrainedModel) -> ChatRenderer:
@@ -79,6 +82,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             knob="packing",
         )
     (install_reward_head if scalar(job) else install_fused_head)(model)
+    router_weight = 0.0 if scalar(job) else router_loss_weight(model, job.router_loss)
     masking = masking_for(model)
     if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):
         raise TrainError(
@@ -109,7 +113,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if adapter is not None:
         fill_from_adapter(placed, adapter)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    return Built(placed.train(), masking, dtype, report, folder, budget)
+    return Built(placed.train(), masking, dtype, report, folder, budget, router_weight)
 
 
 def _base_model(
