@@ -129,14 +129,16 @@ def _targets(model: PreTrainedModel, target: Targets) -> str | list[str]:
     if isinstance(target, str):
         head = {n.rpartition(".")[2] for n, m in model.named_modules() if m is model.get_output_embeddings()}
         return sorted(linear - head - experts) if experts else target
+    paths = [f".{path}" for path, _ in model.named_modules()]
     for name in target:
-        if name in experts:
-            raise ModelError(
-                "LoRA adapts linear layers, and this model's experts are one tensor per layer",
-                got=name,
-                allowed=f"all-linear or some of {', '.join(sorted(linear - experts))}; type full trains experts",
-                knob="model.peft.target",
-            )
+        if name.rpartition(".")[2] in experts:
+            why = "LoRA adapts linear layers, and this model's experts are one tensor per layer: type full trains them"
+        elif any(path.endswith(f".{name}") for path in paths):
+            continue
+        else:
+            why = "LoRA cannot be applied: the model has no layer of this name"
+        allowed = f"all-linear or some of {', '.join(sorted(linear - experts))}"
+        raise ModelError(why, got=name, allowed=allowed, knob="model.peft.target")
     return list(target)
 
 
