@@ -75,3 +75,55 @@ def family(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+SEEING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The tests' chat template, as image-text models take chats: contents are lists of parts."""
+
+
+def llava(folder: Path) -> Path:
+    """A random LLaVA: a CLIP tower of 28 × 28 pixels (4 image tokens), a projector, a two-layer Llama, a processor."""
+    from transformers import (
+        AutoModelForImageTextToText,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+    )
+
+    words = tiny.tokenizer(SEEING)
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
+    wide = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, image_size=28, patch_size=14, **wide)
+    text = LlamaConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_key_value_heads=1, max_position_embeddings=256, **wide
+    )
+    image_id = words.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=image_id,
+        pad_token_id=words.pad_token_id,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        pixels,
+        words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=SEEING,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -10,6 +10,8 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.base import Schema, Tree
 from itune_ray.config.gate import GateConfig
+from itune_ray.config.images import ImagesConfig
+from itune_ray.config.images import refusal as images_refusal
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
@@ -337,7 +339,7 @@ class ValidationConfig(Schema):
     """Score so often; the start and the end are always scored."""
 
 
-_UNSET_BY_DEFAULT = frozenset({"router_loss"})
+_UNSET_BY_DEFAULT = frozenset({"router_loss", "images"})
 """Fields of `TrainJob` that are no part of its identity while they are unset."""
 
 
@@ -375,6 +377,8 @@ class TrainJob(Job):
     micro_batch: Positive = 8
     """Packed rows of one forward pass per worker; accumulation follows from it and cannot move the loss."""
     validation: ValidationConfig | None = None
+    images: ImagesConfig | None = None
+    """Show the model the images of the rows' `images` column."""
     router_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss of a mixture of experts; default: the model's own (`router_aux_loss_coef`). Its
     counts take a forward pass of their own per step; 0 leaves the loss out."""
@@ -383,7 +387,7 @@ class TrainJob(Job):
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     gate: GateConfig | None = GateConfig()
-    """Compare what is written with what was trained; null writes it unseen."""
+    """Compare what is written with what was trained; null writes it unseen, as it is with `images`."""
     log_every: Positive = 1
 
     def identity(self) -> Tree:
@@ -424,6 +428,10 @@ class TrainJob(Job):
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
+        if self.images is not None:
+            seen = self.packing, self.objective.type, self.model.peft.type, self.images.trained
+            if (reason := images_refusal(*seen, fresh=self.model.path is None)) is not None:
+                raise ValueError(reason)
         if self.gate is not None and self.gate.vllm is not None and SUPPORT[self.model.peft.name].route == "none":
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"

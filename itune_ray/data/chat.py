@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jinja2
 
+from itune_ray.data.images import IMAGES
 from itune_ray.data.records import Message, Record
 from itune_ray.errors import ConfigError, DataError
 
@@ -90,10 +91,12 @@ class ChatRenderer:
         tokenizer: A transformers tokenizer.
         template: A Jinja chat template, or a path to a file that holds one; default: the tokenizer's own. It is set
             on the tokenizer too, so that an exported model carries the template it was trained with.
+        sees: Whether the model is shown a row's images; else they are left out.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None, sees: bool = False):
         self.tokenizer: Any = tokenizer
+        self.sees = sees
         if template is not None:
             tokenizer.chat_template = read_template(template)
         self._has_markers = bool(_GENERATION_MARKER.search(self.template or ""))
@@ -139,7 +142,7 @@ class ChatRenderer:
         """Training ids of a row, chat or text; raises `UnusableRow` with the reason of its quarantine."""
         if record.text is not None:
             return self.text_ids(record.text)
-        return self.training_ids(record.messages, supervise)
+        return self.training_ids(record.messages, supervise, len(record.meta.get(IMAGES) or ()) if self.sees else 0)
 
     def text_ids(self, text: str) -> Rendered:
         """`bos + text + eos`, every token supervised; a tokenizer without bos or eos leaves it out."""
@@ -150,13 +153,20 @@ class ChatRenderer:
         ids = ([] if bos is None else [bos]) + body + ([] if eos is None else [eos])
         return Rendered(ids, [True] * len(ids))
 
-    def training_ids(self, messages: Sequence[Message], supervise: Supervise = "assistant") -> Rendered:
+    def training_ids(
+        self, messages: Sequence[Message], supervise: Supervise = "assistant", images: int = 0
+    ) -> Rendered:
         """Ids of a whole chat and the mask of its supervised tokens, end-of-turn tokens included.
 
         The first token of a document is never predicted, so it counts for nothing even where the mask says True.
+
+        Args:
+            images: So many placeholders stand before the first user turn's words, as the template writes them.
         """
         _check_answer(messages)
         self._check_content(messages)
+        if images:
+            messages = _with_images(messages, images)
         if supervise == "all":
             ids = self._encode(self._render(messages))
             rendered = Rendered(ids, [True] * len(ids))
@@ -244,6 +254,16 @@ class ChatRenderer:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_images(messages: Sequence[Message], images: int) -> list[Any]:
+    """The chat as templates of image-text models take it: a turn's content is a list of its parts."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    shown = [{"type": "image"}] * images
+    return [
+        {**m, "content": [*(shown if i == first else ()), {"type": "text", "text": m["content"]}]}
+        for i, m in enumerate(messages)
+    ]
 
 
 def read_template(template: str) -> str:

@@ -18,6 +18,7 @@ from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter
+from itune_ray.model.images import check_positions, choose_trained
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -54,9 +55,10 @@ class Built:
     """Of the load-balancing loss, for a mixture of experts."""
 
 
-def load_renderer(model: TrainedModel) -> ChatRenderer:
+def load_renderer(model: TrainedModel, sees: bool = False) -> ChatRenderer:
     """The tokenizer with the chat template in force."""
-    return ChatRenderer(load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code), model.chat_template)
+    tokenizer = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code)
+    return ChatRenderer(tokenizer, model.chat_template, sees)
 
 
 def tokenizer_folder(model: TrainedModel) -> ResolvedModel:
@@ -99,6 +101,10 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             knob="model.peft.type",
         )
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    if job.images is not None:
+        check_positions(model)
+        if job.model.peft.type == "full":
+            choose_trained(model, job.images.trained)
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
@@ -134,6 +140,7 @@ def _base_model(
         "attention": attention,
         "trust_remote_code": job.model.trust_remote_code,
         "scalar": scalar(job),
+        "sees": job.images is not None,
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)

@@ -23,7 +23,8 @@ from itune_ray.data.order import Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
-from itune_ray.train.documents import Completed, DocumentError, documents_of
+from itune_ray.train.documents import Completed, DocumentError
+from itune_ray.train.pictured import documents_for
 from itune_ray.train.rows import rejection
 
 
@@ -40,17 +41,17 @@ class PreparedData:
 
 
 @lru_cache(maxsize=4)
-def renderer_for(model_json: str) -> ChatRenderer:
+def renderer_for(model_json: str, sees: bool = False) -> ChatRenderer:
     """One renderer per process and model section (as JSON), since loading a tokenizer takes longer than a batch."""
     from itune_ray.config.train import TrainedModel
     from itune_ray.train.build import load_renderer
 
-    return load_renderer(TrainedModel.model_validate_json(model_json))
+    return load_renderer(TrainedModel.model_validate_json(model_json), sees)
 
 
 def tokenised_schema(job: TrainJob) -> pa.Schema:
     """A tokenised document of the job's objective, or no tokens and the row's outcome as JSON."""
-    return pa.schema([*documents_of(job.objective).schema, ("rejection", pa.string())])
+    return pa.schema([*documents_for(job).schema, ("rejection", pa.string())])
 
 
 def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
@@ -61,7 +62,7 @@ def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -
 def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dict[str, Any]:
     row: dict[str, Any] = {"key": record.key, "weight": record.weight}
     try:
-        document = documents_of(job.objective).document(record, job, renderer)
+        document = documents_for(job).document(record, job, renderer)
     except DocumentError as error:
         return row | {"rejection": _json(rejection(record, error.reason, error.detail, score=error.score))}
     return row | document
@@ -108,10 +109,10 @@ def write_prepared(
         raise TrainError(
             f"no row is left to train on{_all_of_one(counts)}",
             got=counts or "no rows at all",
-            allowed=documents_of(job.objective).wanted,
+            allowed=documents_for(job).wanted,
             knob="data",
         )
-    kind = documents_of(job.objective)
+    kind = documents_for(job)
     documents = documents.drop_columns(["rejection"])
     if isinstance(kind, Completed):
         documents = kind.completed(documents, job)
@@ -140,7 +141,7 @@ def prepare_locally(
     job: TrainJob, records: Iterable[Record], stage_dir: str, unread: Sequence[Outcome] = ()
 ) -> PreparedData:
     """Tokenise in this process and write the order; an order that is already there is used as it is."""
-    renderer = renderer_for(job.model.model_dump_json())
+    renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done

@@ -174,7 +174,7 @@ def prepare(
 
     from itune_ray.train.prepare import finished_preparation, prepare_locally, renderer_for, write_prepared
 
-    renderer = renderer_for(job.model.model_dump_json())
+    renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done
@@ -204,7 +204,7 @@ def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
     def tokenise_block(table: pa.Table) -> pa.Table:
         from itune_ray.train.prepare import renderer_for, tokenise
 
-        renderer = renderer_for(job.model.model_dump_json())
+        renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
         return tokenise((Record.from_row(row) for row in table.to_pylist()), job, renderer)
 
     tokenised = rows.map_batches(tokenise_block, batch_format="pyarrow", batch_size=ROWS_PER_BLOCK)

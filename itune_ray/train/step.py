@@ -7,6 +7,7 @@ Units are summed over the micro-batches and all ranks before the first forward; 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,8 @@ class Stepper:
     clip_norm: float | None
     penalty: Callable[[], torch.Tensor] | None = None
     """A term of the trained parameters alone, in the loss once per step; the reported loss leaves it out."""
+    images: Callable[[Batch], tuple[Batch, Any]] | None = None
+    """The batch to run for a micro-batch with images, and further arguments of the model (`train.pictured`)."""
     router_weight: float = 0.0
     """Of the load-balancing loss of a mixture of experts (`itune_ray.train.router`); the reported loss has it in."""
 
@@ -107,7 +110,11 @@ class Stepper:
 
     def scores(self, batch: Batch) -> TokenScores:
         """One forward pass of a micro-batch on this rank's device."""
+        shown: dict[str, object] = {}
+        if self.images is not None:
+            batch, shown = self.images(batch)
         inputs = model_inputs(batch, self.masking, self.dtype)
+        inputs |= shown
         if self.router_weight:
             inputs["router_tokens"] = batch.segments >= 0
         return self.model(**inputs, labels=batch.labels, token_scores=True, **self.objective.head_inputs(batch))

@@ -139,7 +139,7 @@ def test_an_unset_weight_is_no_part_of_what_a_training_is(moe):
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_virtual_tokens_do_not_count(moe, tmp_path, method):
-    """Before the first step a trained prompt changes routing, but not how many places are counted: the loss is near k."""
+    """A trained prompt changes the routing, but not how many places are counted: the loss stays near k."""
     job = job_of(moe, steps=1, **{"model.peft": {"type": method, "tokens": 5}})
     train_local(job, tiny.chats(BATCH), str(tmp_path))
     assert 2.0 < read_metrics(str(tmp_path))[0]["router_loss"] < 4.0

@@ -26,6 +26,7 @@ from itune_ray.config.adaptation import (
 )
 from itune_ray.data.records import row_seed
 from itune_ray.errors import ModelError, did_you_mean
+from itune_ray.model.images import beside_language
 from itune_ray.model.nf4 import quantise_linear_layers
 from itune_ray.model.peft.biases import apply_bitfit
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
@@ -86,7 +87,7 @@ def _low_rank(
     scalar = reward_head(model) is not None
     shared: dict[str, Any] = {
         "task_type": None if scalar else peft.TaskType.CAUSAL_LM,
-        "exclude_modules": [HEAD] if scalar and config.target == "all-linear" else None,
+        "exclude_modules": [HEAD] if scalar and config.target == "all-linear" else beside_language(model),
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
         "target_modules": _targets(model, config.target),
