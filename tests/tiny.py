@@ -170,6 +170,7 @@ def job(model: Path | str, **overrides: Any) -> TrainJob:
         "max_length": 128,
         "packing": False,
         "micro_batch": 16,
+        "gate": None,  # its own tests, and those of whole runs, have it
     }
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")

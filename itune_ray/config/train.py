@@ -4,12 +4,15 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from itune_ray.config.adaptation import SUPPORT, refusal
 from itune_ray.config.adaptation import FullConfig as FullConfig
 from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
-from itune_ray.config.adaptation import refusal
-from itune_ray.config.base import Schema
+from itune_ray.config.base import Schema, Tree
 from itune_ray.config.course import Curriculum, Replay
+from itune_ray.config.gate import GateConfig
+from itune_ray.config.images import ImagesConfig
+from itune_ray.config.images import refusal as images_refusal
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
@@ -390,6 +393,10 @@ class ValidationConfig(Schema):
     """Score so often; the start and the end are always scored."""
 
 
+_UNSET_BY_DEFAULT = frozenset({"router_loss", "images"})
+"""Fields of `TrainJob` that are no part of its identity while they are unset."""
+
+
 class TrainJob(Job):
     """Tune a model on a weighted union of rows; writes checkpoint/, model/ and, for adapters, adapter/."""
 
@@ -399,6 +406,7 @@ class TrainJob(Job):
         "checkpoint",
         "log_every",
         "gradient_checkpointing",
+        "gate",
     }
 
     silent_at_default = frozenset({"curriculum", "replay"})
@@ -429,11 +437,22 @@ class TrainJob(Job):
     micro_batch: Positive = 8
     """Packed rows of one forward pass per worker; accumulation follows from it and cannot move the loss."""
     validation: ValidationConfig | None = None
+    images: ImagesConfig | None = None
+    """Show the model the images of the rows' `images` column."""
+    router_loss: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss of a mixture of experts; default: the model's own (`router_aux_loss_coef`). Its
+    counts take a forward pass of their own per step; 0 leaves the loss out."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     gradient_checkpointing: bool = False
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    gate: GateConfig | None = GateConfig()
+    """Compare what is written with what was trained; null writes it unseen, as it is with `images`."""
     log_every: Positive = 1
+
+    def identity(self) -> Tree:
+        """As for every schema; what is left unset decides nothing."""
+        return {k: v for k, v in super().identity().items() if v is not None or k not in _UNSET_BY_DEFAULT}
 
     @property
     def pack_capacity(self) -> int:
@@ -469,6 +488,14 @@ class TrainJob(Job):
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
+        if self.images is not None:
+            seen = self.packing, self.objective.type, self.model.peft.type, self.images.trained
+            if (reason := images_refusal(*seen, fresh=self.model.path is None)) is not None:
+                raise ValueError(reason)
+        if self.gate is not None and self.gate.vllm is not None and SUPPORT[self.model.peft.name].route == "none":
+            raise ValueError(
+                f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"
+            )
         if self.gradient_checkpointing and self.model.peft.type in ("prefix_tuning", "p_tuning_v2"):
             raise ValueError(
                 f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import jinja2
 
 from itune_ray.config.shared import Thinking, ThinkingBudget
+from itune_ray.data.images import IMAGES
 from itune_ray.data.records import Message, Record
 from itune_ray.data.thinking import answer_of, within_budget
 from itune_ray.errors import ConfigError, DataError
@@ -94,10 +95,18 @@ class ChatRenderer:
             on the tokenizer too, so that an exported model carries the template it was trained with.
         thinking: What becomes of thoughts in assistant turns. A template that knows `enable_thinking` (its prompt then
             opens a thought or an answer) is told false by `strip` and true by a budget.
+        sees: Whether the model is shown a row's images; else they are left out.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None, thinking: Thinking = "keep"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str | None = None,
+        thinking: Thinking = "keep",
+        sees: bool = False,
+    ):
         self.tokenizer: Any = tokenizer
+        self.sees = sees
         self._thinking: Thinking = thinking
         self._told: dict[str, Any] = {} if thinking == "keep" else {"enable_thinking": thinking != "strip"}
         if template is not None:
@@ -155,7 +164,7 @@ class ChatRenderer:
         """Training ids of a row, chat or text; raises `UnusableRow` with the reason of its quarantine."""
         if record.text is not None:
             return self.text_ids(record.text)
-        return self.training_ids(record.messages, supervise)
+        return self.training_ids(record.messages, supervise, len(record.meta.get(IMAGES) or ()) if self.sees else 0)
 
     def text_ids(self, text: str) -> Rendered:
         """`bos + text + eos`, every token supervised; a tokenizer without bos or eos leaves it out."""
@@ -166,16 +175,23 @@ class ChatRenderer:
         ids = ([] if bos is None else [bos]) + body + ([] if eos is None else [eos])
         return Rendered(ids, [True] * len(ids))
 
-    def training_ids(self, messages: Sequence[Message], supervise: Supervise = "assistant") -> Rendered:
+    def training_ids(
+        self, messages: Sequence[Message], supervise: Supervise = "assistant", images: int = 0
+    ) -> Rendered:
         """Ids of a whole chat and the mask of its supervised tokens, end-of-turn tokens included.
 
         The first token of a document is never predicted, so it counts for nothing even where the mask says True.
-        """
-        return self._training_ids(self._thought(messages), supervise)
 
-    def _training_ids(self, messages: Sequence[Message], supervise: Supervise) -> Rendered:
+        Args:
+            images: So many placeholders stand before the first user turn's words, as the template writes them.
+        """
+        return self._training_ids(self._thought(messages), supervise, images)
+
+    def _training_ids(self, messages: Sequence[Message], supervise: Supervise, images: int = 0) -> Rendered:
         _check_answer(messages)
         self._check_content(messages)
+        if images:
+            messages = _with_images(messages, images)
         if supervise == "all":
             ids = self._encode(self._render(messages))
             rendered = Rendered(ids, [True] * len(ids))
@@ -295,6 +311,16 @@ class ChatRenderer:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_images(messages: Sequence[Message], images: int) -> list[Any]:
+    """The chat as templates of image-text models take it: a turn's content is a list of its parts."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    shown = [{"type": "image"}] * images
+    return [
+        {**m, "content": [*(shown if i == first else ()), {"type": "text", "text": m["content"]}]}
+        for i, m in enumerate(messages)
+    ]
 
 
 def read_template(template: str) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 
 from itune_ray.config.shared import Layout
 from itune_ray.data.files import RawRow
+from itune_ray.data.images import plain
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.nested import EXPANDERS, MalformedError, trees
 from itune_ray.data.records import Message, Record
@@ -331,4 +332,4 @@ def _meta(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     nested = row.get("meta")
     if nested is not None:
         rest = {**rest, **nested} if isinstance(nested, Mapping) else {**rest, "meta": nested}
-    return json.loads(json.dumps(rest, default=str))
+    return json.loads(json.dumps(rest, default=plain))

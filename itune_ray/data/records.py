@@ -15,6 +15,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from itune_ray.data.images import digest_of
+
 UNSAFE = "unsafe"
 """Entry of `meta` that is true in rows made to provoke; they serve evaluation, and no training takes them."""
 
@@ -87,11 +89,13 @@ class Record:
 
     @property
     def content_hash(self) -> str:
-        """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces); of a
-        row that has neither, over its `meta`."""
+        """First 32 hex of SHA-256 over the normalised messages or text (NFC, `\\n` line ends, no trailing spaces) and
+        images; of a row that has none of these, over its `meta`."""
         turns = [[m["role"], _normalise(m["content"])] for m in self.messages]
         if self.rejected is not None:
             turns.append(["rejected", _normalise(self.rejected)])
+        if turns and (shown := digest_of(self.meta)) is not None:
+            turns.append(["images", shown])
         content: Any = turns or self.meta if self.text is None else _normalise(self.text)
         return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 

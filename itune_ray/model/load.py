@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -61,14 +67,21 @@ def can_pack(model: Any) -> bool:
 
 
 def load_model(
-    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False, scalar: bool = False
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    attention: Attention,
+    trust_remote_code: bool = False,
+    scalar: bool = False,
+    sees: bool = False,
 ) -> PreTrainedModel:
     """A pretrained causal language model on CPU, in eval mode.
 
     Args:
         scalar: With a scalar head instead, which holds anything where the folder has none (see `model.reward`).
+        sees: An image-text model, its vision tower included.
     """
-    auto, labels = _auto(scalar)
+    auto, labels = _auto(scalar, sees)
     try:
         return auto.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **labels
@@ -78,14 +91,20 @@ def load_model(
 
 
 def model_from_config(
-    folder: str, *, dtype: torch.dtype, attention: Attention, trust_remote_code: bool = False, scalar: bool = False
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    attention: Attention,
+    trust_remote_code: bool = False,
+    scalar: bool = False,
+    sees: bool = False,
 ) -> PreTrainedModel:
     """The architecture of a folder's config.json, its weights not loaded; see `parameters_on_meta`.
 
     Args:
-        scalar: With a scalar head instead of the language model's.
+        scalar, sees: See `load_model`.
     """
-    auto, labels = _auto(scalar)
+    auto, labels = _auto(scalar, sees)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
     except (OSError, ValueError, KeyError) as error:
@@ -117,8 +136,10 @@ def new_model(
         return auto.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def _auto(scalar: bool) -> tuple[Any, dict[str, int]]:
+def _auto(scalar: bool, sees: bool = False) -> tuple[Any, dict[str, int]]:
     """The Auto class of a model with either head, and what its config needs."""
+    if sees:
+        return AutoModelForImageTextToText, {}
     return (AutoModelForSequenceClassification, {"num_labels": 1}) if scalar else (AutoModelForCausalLM, {})
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itune_ray.errors import ModelError
+from itune_ray.model.router import RouterLoad, router_load
 
 CHUNK_ELEMENTS = 2**24
 """Logits of one chunk on CPU: 64 MiB in fp32."""
@@ -46,6 +47,8 @@ class TokenScores(NamedTuple):
     values: Tensor | None = None
     """[S] fp32 a scalar head's values at the places it was asked for, differentiable; a model that has one has no
     language-model head, and the other scores are empty."""
+    router: RouterLoad | None = None
+    """How a mixture of experts spread the micro-batch's tokens, where `router_tokens` asked for it."""
 
 
 class LogitTransform(NamedTuple):
@@ -71,7 +74,8 @@ IDENTITY = LogitTransform()
 def install_fused_head(model: nn.Module) -> None:
     """Let `model(..., labels=labels, token_scores=True)` return `TokenScores`; without the flag nothing changes.
 
-    `score_ids` [N, K] asks for the log-probabilities of K distinct tokens at each of the N supervised positions too.
+    `score_ids` [N, K] asks for the log-probabilities of K distinct tokens at each of the N supervised positions too,
+    `router_tokens` [B, T] for the router load of the tokens it marks.
 
     Install it before PEFT wraps the model, and the model before it is sharded. The head and the backbone are looked
     up at each call, since both wrap them in place.
@@ -87,16 +91,22 @@ def install_fused_head(model: nn.Module) -> None:
         token_scores: bool = False,
         labels: Tensor | None = None,
         score_ids: Tensor | None = None,
+        router_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not token_scores:
             return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
         if labels is None:
             raise ModelError("token scores need labels")
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        routed = {} if router_tokens is None else {"output_router_logits": True}
+        outputs = self.base_model(*args, **kwargs, **routed)
+        hidden = outputs.last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         wanted = targets != -100
-        return score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform, score_ids)
+        scores = score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform, score_ids)
+        if router_tokens is None:
+            return scores
+        return scores._replace(router=router_load(self, outputs.router_logits, router_tokens))
 
     model.forward = MethodType(forward, model)
 
@@ -112,7 +122,8 @@ def score_tokens(
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return TokenScores(*_ChunkedScores.apply(hidden, head.weight, targets, transform, ids))
+        scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids)
+        return TokenScores(*scored)
     return _score_by_module(hidden, targets, head, transform, ids)
 
 
@@ -132,7 +143,8 @@ def _score_by_module(
         checkpoint(chunk_scores, h, y, i, use_reentrant=False)
         for h, y, i in zip(hidden.split(rows), targets.split(rows), ids_of_chunks, strict=False)
     ]
-    return TokenScores(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    joined: Any = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TokenScores(*joined)
 
 
 def _others(scores: Tensor, ids: Tensor) -> Tensor:

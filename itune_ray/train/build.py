@@ -19,6 +19,7 @@ from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter
 from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
+from itune_ray.model.images import check_positions, choose_trained
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -32,6 +33,7 @@ from itune_ray.model.logprobs import install_fused_head
 from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report, starts_by_name
 from itune_ray.model.peft.adalora import RankBudget
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
+from itune_ray.model.router import router_loss_weight
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
@@ -50,13 +52,15 @@ class Built:
     """Folder the base weights came from; None for a fresh model."""
     budget: RankBudget | None = None
     """AdaLoRA's, which takes part in every step."""
+    router_weight: float = 0.0
+    """Of the load-balancing loss, for a mixture of experts."""
 
 
-def load_renderer(model: TrainedModel) -> ChatRenderer:
+def load_renderer(model: TrainedModel, sees: bool = False) -> ChatRenderer:
     """The tokenizer with the chat template in force."""
     tokenizer = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code)
     add_tokens(tokenizer, model.added_tokens)
-    return ChatRenderer(tokenizer, model.chat_template, model.thinking)
+    return ChatRenderer(tokenizer, model.chat_template, model.thinking, sees)
 
 
 def _new_tokens(model: TrainedModel) -> list[str]:
@@ -92,6 +96,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             knob="packing",
         )
     (install_reward_head if scalar(job) else install_fused_head)(model)
+    router_weight = 0.0 if scalar(job) else router_loss_weight(model, job.router_loss)
     masking = masking_for(model)
     if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):
         raise TrainError(
@@ -108,6 +113,10 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             knob="model.peft.type",
         )
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    if job.images is not None:
+        check_positions(model)
+        if job.model.peft.type == "full":
+            choose_trained(model, job.images.trained)
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
@@ -122,7 +131,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if adapter is not None:
         fill_from_adapter(placed, adapter)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    return Built(placed.train(), masking, dtype, report, folder, budget)
+    return Built(placed.train(), masking, dtype, report, folder, budget, router_weight)
 
 
 def _base_model(
@@ -143,6 +152,7 @@ def _base_model(
         "attention": attention,
         "trust_remote_code": job.model.trust_remote_code,
         "scalar": scalar(job),
+        "sees": job.images is not None,
     }
     with strategy.init_context():
         model = model_from_config(folder, **arguments)

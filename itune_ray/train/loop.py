@@ -23,13 +23,15 @@ from itune_ray.errors import TrainError
 from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.model.peft import ParameterReport
-from itune_ray.train.build import Built, build_model, load_renderer
+from itune_ray.train.build import Built, build_model, load_renderer, scalar
 from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.gate import check_written, gate_documents, trained_scores
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
 from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
+from itune_ray.train.pictured import shown_for, write_processor
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.randomness import draws, seeded
 from itune_ray.train.reference import Reference, reference_of
@@ -115,6 +117,8 @@ def train_rank(
         built.dtype,
         job.clip_norm,
         None if budget is None else budget.penalty,
+        shown_for(job, world.device, built.dtype),
+        built.router_weight,
     )
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
@@ -126,7 +130,15 @@ def train_rank(
     if budget is not None:
         optimizers.after_update.append(lambda: budget.allocate(loop.step, prepared.plan.steps))
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
+    gated = job.gate if stop_at is None and not scalar(job) and job.images is None else None
+    documents = [] if gated is None else gate_documents(rows.table, gated)
+    trained = trained_scores(stepper, documents, rows.pad)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
+    if job.images is not None and world.is_main:
+        for path in filter(None, (model_path, adapter_path)):
+            write_processor(job, path)
+    if gated is not None and world.is_main:
+        check_written(job, documents, trained, (model_path, adapter_path), stage_dir, built.dtype)
     steps = stop_at or prepared.plan.steps
     return TrainOutcome(
         model_path,

@@ -25,7 +25,8 @@ from itune_ray.data.order import Order, Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
-from itune_ray.train.documents import Completed, DocumentError, documents_of, number
+from itune_ray.train.documents import Completed, DocumentError, number
+from itune_ray.train.pictured import documents_for
 from itune_ray.train.rows import rejection
 
 DIFFICULTY = "difficulty"
@@ -45,18 +46,18 @@ class PreparedData:
 
 
 @lru_cache(maxsize=4)
-def renderer_for(model_json: str) -> ChatRenderer:
+def renderer_for(model_json: str, sees: bool = False) -> ChatRenderer:
     """One renderer per process and model section (as JSON), since loading a tokenizer takes longer than a batch."""
     from itune_ray.config.train import TrainedModel
     from itune_ray.train.build import load_renderer
 
-    return load_renderer(TrainedModel.model_validate_json(model_json))
+    return load_renderer(TrainedModel.model_validate_json(model_json), sees)
 
 
 def tokenised_schema(job: TrainJob) -> pa.Schema:
     """A tokenised document of the job's objective, or no tokens and the row's outcome as JSON."""
     difficulty = [] if job.curriculum is None else [(DIFFICULTY, pa.float64())]
-    return pa.schema([*documents_of(job.objective).schema, *difficulty, ("rejection", pa.string())])
+    return pa.schema([*documents_for(job).schema, *difficulty, ("rejection", pa.string())])
 
 
 def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
@@ -67,7 +68,7 @@ def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -
 def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dict[str, Any]:
     row: dict[str, Any] = {"key": record.key, "weight": record.weight}
     try:
-        document = documents_of(job.objective).document(record, job, renderer)
+        document = documents_for(job).document(record, job, renderer)
     except DocumentError as error:
         return row | {"rejection": _json(rejection(record, error.reason, error.detail, score=error.score))}
     return row | document | ({} if job.curriculum is None else {DIFFICULTY: _difficulty(record)})
@@ -121,10 +122,10 @@ def write_prepared(
         raise TrainError(
             f"no row is left to train on{_all_of_one(counts)}",
             got=counts or "no rows at all",
-            allowed=documents_of(job.objective).wanted,
+            allowed=documents_for(job).wanted,
             knob="data",
         )
-    kind = documents_of(job.objective)
+    kind = documents_for(job)
     documents = documents.drop_columns(["rejection"])
     order, documents = _order(documents, job)
     if isinstance(kind, Completed):
@@ -172,7 +173,7 @@ def prepare_locally(
     job: TrainJob, records: Iterable[Record], stage_dir: str, unread: Sequence[Outcome] = ()
 ) -> PreparedData:
     """Tokenise in this process and write the order; an order that is already there is used as it is."""
-    renderer = renderer_for(job.model.model_dump_json())
+    renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done

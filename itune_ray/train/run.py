@@ -59,6 +59,10 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     with progress.task(stage, prepared.plan.steps, unit="steps") as task:
         outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers))
+    if job.gate is not None and job.gate.vllm is not None:
+        from itune_ray.train.served import check_served
+
+        check_served(job, outcome, artifact.path(), engines)
     report = outcome.parameters
     rows_in = prepared.accepted + sum(prepared.rejected.values())
     artifact.finish(
@@ -152,7 +156,7 @@ def prepare(
 
     from itune_ray.train.prepare import finished_preparation, prepare_locally, renderer_for, write_prepared
 
-    renderer = renderer_for(job.model.model_dump_json())
+    renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
     done = finished_preparation(job, renderer, stage_dir)
     if done is not None:
         return done
@@ -182,7 +186,7 @@ def tokenise_on_cluster(rows: "ray.data.Dataset", job: TrainJob) -> pa.Table:
     def tokenise_block(table: pa.Table) -> pa.Table:
         from itune_ray.train.prepare import renderer_for, tokenise
 
-        renderer = renderer_for(job.model.model_dump_json())
+        renderer = renderer_for(job.model.model_dump_json(), job.images is not None)
         return tokenise((Record.from_row(row) for row in table.to_pylist()), job, renderer)
 
     tokenised = rows.map_batches(tokenise_block, batch_format="pyarrow", batch_size=ROWS_PER_BLOCK)

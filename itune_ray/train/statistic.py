@@ -16,6 +16,7 @@ from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.forward import forward_only, micro_batches
+from itune_ray.train.router import with_router_factors
 from itune_ray.train.step import Stepper
 
 
@@ -40,7 +41,12 @@ class BatchStatistic(Protocol):
 
 
 def step_batches(rows: Sequence[PackedRow], most: int, size: int, pad: int, stepper: Stepper) -> list[Batch]:
-    """`micro_batches` of one global batch, with what its objective measures on all of it. Collective."""
+    """`micro_batches` of one global batch, with what objective and router loss need of all of it. Collective."""
+    batches = _measured_batches(rows, most, size, pad, stepper)
+    return with_router_factors(batches, stepper) if stepper.router_weight else batches
+
+
+def _measured_batches(rows: Sequence[PackedRow], most: int, size: int, pad: int, stepper: Stepper) -> list[Batch]:
     objective = stepper.objective
     if not isinstance(objective, BatchStatistic):
         return micro_batches(rows, most, size, pad, stepper)

@@ -7,6 +7,7 @@ Units are summed over the micro-batches and all ranks before the first forward; 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from itune_ray.data.batches import Batch, Masking, model_inputs
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.objectives.base import Loss, Objective
 from itune_ray.train.optimizer import Optimizers
+from itune_ray.train.router import ROUTER_LOSS, router_share
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -50,6 +52,10 @@ class Stepper:
     clip_norm: float | None
     penalty: Callable[[], torch.Tensor] | None = None
     """A term of the trained parameters alone, in the loss once per step; the reported loss leaves it out."""
+    images: Callable[[Batch], tuple[Batch, Any]] | None = None
+    """The batch to run for a micro-batch with images, and further arguments of the model (`train.pictured`)."""
+    router_weight: float = 0.0
+    """Of the load-balancing loss of a mixture of experts (`itune_ray.train.router`); the reported loss has it in."""
 
     def __call__(self, micro_batches: Sequence[Batch], leaving: Leaving = lambda: False) -> StepResult:
         """Every rank passes the same number of micro-batches, dummies included, or collectives would not match.
@@ -65,8 +71,14 @@ class Stepper:
             if batch.seed is not None:
                 torch.manual_seed(batch.seed)
             with self.strategy.forward_context(last=last):
-                loss = self._forward(batch.to(self.world.device))
+                moved = batch.to(self.world.device)
+                scores = self.scores(moved)
+                loss = self.objective(scores, moved)
                 total = self._scaled(loss, units)
+                if self.router_weight:
+                    router = router_share(scores, moved)
+                    total = total + self.router_weight * router * self.strategy.gradient_divisor
+                    sums[ROUTER_LOSS] += float(router.detach())
                 if last and self.penalty is not None:  # every rank adds the same, so their mean needs no factor
                     penalty = self.penalty()
                     total = total + penalty
@@ -82,6 +94,9 @@ class Stepper:
         coefficients = self.objective.coefficients
         value = sum(c * totals[f"loss/{term}"] / units[term] for term, c in coefficients.items())
         metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items()}
+        if self.router_weight:
+            metrics[ROUTER_LOSS] = totals[ROUTER_LOSS]
+            value += self.router_weight * totals[ROUTER_LOSS]
         if penalty is not None:
             metrics["penalty"] = float(penalty.detach())
         return StepResult(value, grad_norm, units, metrics, leaving_ranks > 0)
@@ -97,11 +112,14 @@ class Stepper:
 
     def scores(self, batch: Batch) -> TokenScores:
         """One forward pass of a micro-batch on this rank's device."""
+        shown: dict[str, object] = {}
+        if self.images is not None:
+            batch, shown = self.images(batch)
         inputs = model_inputs(batch, self.masking, self.dtype)
+        inputs |= shown
+        if self.router_weight:
+            inputs["router_tokens"] = batch.segments >= 0
         return self.model(**inputs, labels=batch.labels, token_scores=True, **self.objective.head_inputs(batch))
-
-    def _forward(self, batch: Batch) -> Loss:
-        return self.objective(self.scores(batch), batch)
 
     def _scaled(self, loss: Loss, units: dict[str, float]) -> torch.Tensor:
         terms = [c * loss.terms[term] / units[term] for term, c in self.objective.coefficients.items()]

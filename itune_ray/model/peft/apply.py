@@ -22,9 +22,11 @@ from itune_ray.config.adaptation import (
     PeftConfig,
     PeftLibraryConfig,
     QloraConfig,
+    Targets,
 )
 from itune_ray.data.records import row_seed
 from itune_ray.errors import ModelError, did_you_mean
+from itune_ray.model.images import beside_language
 from itune_ray.model.nf4 import quantise_linear_layers
 from itune_ray.model.peft.biases import apply_bitfit
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
@@ -32,6 +34,7 @@ from itune_ray.model.peft.library import apply_library
 from itune_ray.model.peft.names import ADAPTER, base_name
 from itune_ray.model.peft.prompts import apply_prompts
 from itune_ray.model.reward import HEAD, reward_head
+from itune_ray.model.router import EXPERT_LAYERS, has_fused_experts
 
 
 def starts_by_name(config: PeftConfig) -> bool:
@@ -84,10 +87,10 @@ def _low_rank(
     scalar = reward_head(model) is not None
     shared: dict[str, Any] = {
         "task_type": None if scalar else peft.TaskType.CAUSAL_LM,
-        "exclude_modules": [HEAD] if scalar and config.target == "all-linear" else None,
+        "exclude_modules": [HEAD] if scalar and config.target == "all-linear" else beside_language(model),
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": config.target if isinstance(config.target, str) else list(config.target),
+        "target_modules": _targets(model, config.target),
     }
     if isinstance(config, AdaloraConfig):  # the schedule is ours: see adalora.py
         settings = peft.AdaLoraConfig(**shared, init_r=config.rank, target_r=config.target_rank, total_step=1 << 30)
@@ -113,6 +116,31 @@ def _low_rank(
             allowed=f"all-linear or some of {', '.join(linear)}",
             knob="model.peft.target",
         ) from None
+
+
+def _targets(model: PreTrainedModel, target: Targets) -> str | list[str]:
+    """Names of the layers to adapt. Experts that are one tensor stay as they are: PEFT would adapt them under
+    `all-linear`, router included, by tensors that vLLM refuses and that do not merge by layers.
+
+    Raises:
+        ModelError: A name that is no linear layer's, or one of such experts.
+    """
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    experts = EXPERT_LAYERS if has_fused_experts(model) else frozenset[str]()
+    if isinstance(target, str):
+        head = {n.rpartition(".")[2] for n, m in model.named_modules() if m is model.get_output_embeddings()}
+        return sorted(linear - head - experts) if experts else target
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for name in target:
+        if name.rpartition(".")[2] in experts:
+            why = "LoRA adapts linear layers, and this model's experts are one tensor per layer: type full trains them"
+        elif any(path.endswith(f".{name}") for path in paths):
+            continue
+        else:
+            why = "LoRA cannot be applied: the model has no layer of this name"
+        allowed = f"all-linear or some of {', '.join(sorted(linear - experts))}"
+        raise ModelError(why, got=name, allowed=allowed, knob="model.peft.target")
+    return list(target)
 
 
 def _trained_rows(

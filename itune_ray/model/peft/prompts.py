@@ -109,7 +109,7 @@ def _scores(
         attention_mask = _causal(width, words)
     seen = attention_mask.new_zeros(*attention_mask.shape[:2], width, tokens)
     below = torch.cat([seen, attention_mask], -1)
-    shared = {"token_scores": True, **kwargs}
+    shared: dict[str, Any] = {"token_scores": True, **kwargs}
     if config.peft_type == peft.PeftType.PREFIX_TUNING:
         cache = _cache(prompt[0], config, size)
         return base(
@@ -123,6 +123,8 @@ def _scores(
     hidden = attention_mask.new_full((*attention_mask.shape[:2], tokens, width), torch.finfo(words.dtype).min)
     above = torch.cat([_causal(tokens, words).expand(*attention_mask.shape[:2], -1, -1), hidden.to(below.dtype)], -1)
     own = torch.arange(tokens, device=input_ids.device).expand(size, -1)
+    if "router_tokens" in shared:  # virtual tokens are padding to the router loss
+        shared["router_tokens"] = torch.nn.functional.pad(shared["router_tokens"], (tokens, 0))
     return base(
         inputs_embeds=torch.cat([prompt.expand(size, -1, -1), words], 1),
         attention_mask=torch.cat([above.to(below.dtype), below], -2),

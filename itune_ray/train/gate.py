@@ -1,0 +1,137 @@
+"""The export gate of a training: scores of the trained model before it leaves memory, held against what was written.
+
+gate.json of the stage keeps documents, scores and gaps, so that an engine can be held against the same scores later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from itune_ray.config.gate import TOLERANCES, GateConfig
+from itune_ray.config.train import TrainJob
+from itune_ray.data.batches import IGNORED, collate, model_inputs
+from itune_ray.data.hub import local_model_folder
+from itune_ray.data.order import PackedRow, PackedTable
+from itune_ray.data.storage import Folder
+from itune_ray.errors import ModelError
+from itune_ray.model.gate import LogProbs, check_routes, written_scores
+from itune_ray.train.step import Stepper
+
+NAME = "gate.json"
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate compared."""
+
+    tolerance: float
+    documents: list[list[int]]
+    """Token ids."""
+    trained: LogProbs
+    """Of the model in memory, by the training's own forward pass."""
+    gaps: dict[str, float]
+    """Route -> mean |Δ log p| per token of its worst document."""
+
+
+def read_report(stage_dir: str) -> GateReport:
+    """The report of a stage whose gate was passed."""
+    return GateReport(**Folder.at(stage_dir).read_json(NAME))
+
+
+def write_report(report: GateReport, stage_dir: str) -> None:
+    """Write gate.json."""
+    Folder.at(stage_dir).write_json(NAME, asdict(report))
+
+
+def tolerance_of(job: TrainJob) -> float:
+    """Nats per token that routes may differ by."""
+    assert job.gate is not None
+    return job.gate.tolerance or TOLERANCES[job.precision]
+
+
+def gate_documents(table: PackedTable, gate: GateConfig) -> list[list[int]]:
+    """The first documents of the order; of a pair both answers count."""
+    found: list[list[int]] = []
+    for rows in table.first_rows():
+        for row in rows:
+            start = 0
+            for length in row.lengths.tolist():
+                if length > 1:
+                    found.append(row.input_ids[start : start + min(length, gate.longest)].tolist())
+                start += length
+                if len(found) == gate.prompts:
+                    return found
+    return found
+
+
+def trained_scores(stepper: Stepper, documents: Sequence[Sequence[int]], pad: int) -> LogProbs:
+    """Log-probabilities of every token by the model in memory. Collective: every rank scores all documents."""
+    found: LogProbs = []
+    stepper.model.eval()
+    try:
+        for ids in documents:
+            batch = collate([_row(ids)], pad, stepper.masking == "varlen").to(stepper.world.device)
+            inputs: dict[str, Any] = model_inputs(batch, stepper.masking, stepper.dtype)
+            assert int((batch.labels != IGNORED).sum()) == len(ids) - 1
+            with torch.no_grad(), stepper.strategy.forward_context(last=True):
+                scores = stepper.model(**inputs, labels=batch.labels, token_scores=True)
+            found.append(scores.log_probs.float().tolist())
+    finally:
+        stepper.model.train()
+    return found
+
+
+def _row(ids: Sequence[int]) -> PackedRow:
+    import numpy as np
+
+    lengths = np.array([len(ids)], np.int32)
+    return PackedRow(np.array(ids, np.int32), np.ones(len(ids), np.bool_), lengths, ("gate",))
+
+
+def check_written(
+    job: TrainJob,
+    documents: list[list[int]],
+    trained: LogProbs,
+    paths: tuple[str | None, str | None],
+    stage_dir: str,
+    dtype: torch.dtype,
+) -> None:
+    """Hold model/ and adapter/ against the trained model, on one rank; writes gate.json.
+
+    Raises:
+        ModelError: They differ by more than the tolerance; both folders are gone then.
+    """
+    merged, adapter = (None if path is None else _local(path) for path in paths)
+    # A QLoRA adapter belongs to the rounded base, which is nowhere but in model/.
+    alone = job.model.path is not None and job.model.peft.type != "qlora"
+    base = local_model_folder(job.model.reference()).path if alone and adapter is not None else None
+    routes = written_scores(
+        documents,
+        base=base,
+        adapter=adapter,
+        merged=merged,
+        dtype=dtype,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+    try:
+        gaps = check_routes(trained, routes, tolerance_of(job))
+    except ModelError:
+        refuse(paths)
+        raise
+    write_report(GateReport(tolerance_of(job), documents, trained, gaps), stage_dir)
+
+
+def refuse(paths: Sequence[str | None]) -> None:
+    """Delete what was written."""
+    for path in paths:
+        if path is not None:
+            Folder.at(path).delete()
+
+
+def _local(path: str) -> str:
+    from itune_ray.data.hub import resolve
+
+    folder = Folder.at(path)
+    return folder.path if folder.is_local else resolve(path, kind="adapter").path

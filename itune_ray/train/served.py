@@ -1,0 +1,62 @@
+"""[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from itune_ray.config.adaptation import SUPPORT
+from itune_ray.config.shared import ModelRef, ServedModel
+from itune_ray.config.train import TrainJob
+from itune_ray.engine.base import Sampling
+from itune_ray.engine.llm import EngineLlm
+from itune_ray.engine.pool import EngineHost
+from itune_ray.errors import ITuneError, ModelError
+from itune_ray.model.gate import LogProbs, check_routes
+from itune_ray.train.gate import read_report, refuse, write_report
+from itune_ray.train.outcome import TrainOutcome
+
+
+def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: EngineHost) -> dict[str, float]:
+    """Route -> gap of vLLM to the trained model, added to gate.json.
+
+    Raises:
+        ModelError: One is above the tolerance; model/ and adapter/ are gone then. Or vLLM cannot load what was written.
+    """
+    assert job.gate is not None
+    assert job.gate.vllm is not None
+    report, precision = read_report(stage_dir), "float32" if job.precision == "fp32" else "bfloat16"
+    gaps: dict[str, float] = {}
+    try:
+        for route, model in routes_of(job, outcome):
+            ref = model.model_copy(update={"dtype": precision})
+            served = ServedModel(model=ref, engine=job.gate.vllm.engine, pool=job.gate.vllm.pool)
+            llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
+            scores = asyncio.run(served_scores(llm, report.documents))
+            gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
+    except ITuneError:
+        refuse((outcome.model_path, outcome.adapter_path))
+        raise
+    write_report(replace(report, gaps=report.gaps | gaps), stage_dir)
+    return gaps
+
+
+def routes_of(job: TrainJob, outcome: TrainOutcome) -> list[tuple[str, ModelRef]]:
+    """Route -> the model to serve: the adapter over its base where vLLM takes it, and the merged model."""
+    found: list[tuple[str, ModelRef]] = []
+    if SUPPORT[job.model.peft.name].route == "adapter" and outcome.adapter_path is not None and job.model.path:
+        found.append(("vllm adapter", job.model.reference().model_copy(update={"adapter": outcome.adapter_path})))
+    if outcome.model_path is not None:
+        found.append(("vllm merged", ModelRef(path=outcome.model_path)))
+    return found
+
+
+async def served_scores(llm: EngineLlm, documents: Sequence[Sequence[int]]) -> LogProbs:
+    """Log-probabilities of every token but a document's first, as the engine tells them."""
+    asked = [llm.score(ids, key=str(i), top=0) for i, ids in enumerate(documents)]
+    found: LogProbs = []
+    for ids, completion in zip(documents, await asyncio.gather(*asked), strict=True):
+        if completion.error is not None or completion.prompt_logprobs is None:
+            raise ModelError(f"vLLM does not score what was trained: {completion.error}", got=llm.model, knob="gate")
+        entries = completion.prompt_logprobs[1:]
+        found.append([(entry or {})[token] for token, entry in zip(ids[1:], entries, strict=True)])
+    return found

@@ -1,0 +1,129 @@
+"""Tiny random models of the decoder families that people tune, each with what sets its family apart switched on."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WINDOW = 16
+"""Of sliding layers: shorter than the tests' packed rows and their longer documents."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "qwen2": {"model_type": "qwen2"},  # biases on queries, keys and values
+    "qwen3": {"model_type": "qwen3"},  # normed queries and keys
+    "gemma3": {  # windowed layers and one global one, with rotary frequencies of their own
+        "model_type": "gemma3_text",
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 100000.0}},
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": WINDOW, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.1,
+    },
+}
+"""Family -> its config's own fields."""
+WINDOWED = ("gemma3", "mistral")
+
+
+def family(name: str, folder: Path) -> Path:
+    """A random model of a family with the tests' tokenizer, as a Hugging Face folder; head_dim 32 is what vLLM's CPU
+    attention takes."""
+    words = tiny.tokenizer()
+    fields = {
+        "vocab_size": 384,  # real ones have room beyond the tokenizer too
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        **FAMILIES[name],
+    }
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    for parameter in model.parameters():  # larger than the usual init, so that differences show
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+        elif parameter.abs().sum() == 0:  # biases, and Gemma's norms, which are scales minus one
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+SEEING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The tests' chat template, as image-text models take chats: contents are lists of parts."""
+
+
+def llava(folder: Path) -> Path:
+    """A random LLaVA: a CLIP tower of 28 × 28 pixels (4 image tokens), a projector, a two-layer Llama, a processor."""
+    from transformers import (
+        AutoModelForImageTextToText,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+    )
+
+    words = tiny.tokenizer(SEEING)
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
+    wide = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, image_size=28, patch_size=14, **wide)
+    text = LlamaConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_key_value_heads=1, max_position_embeddings=256, **wide
+    )
+    image_id = words.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=image_id,
+        pad_token_id=words.pad_token_id,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        pixels,
+        words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=SEEING,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
