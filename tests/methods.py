@@ -28,6 +28,8 @@ METHODS = {
     "houlsby": {"type": "houlsby", "reduction": 8},
     "pfeiffer": {"type": "pfeiffer", "reduction": 8},
     "compacter": {"type": "compacter", "reduction": 8},
+    "llama_adapter": {"type": "llama_adapter", "tokens": 5, "layers": 2},
+    "llama_excitor": {"type": "llama_excitor", "tokens": 5, "rank": 4, "layers": 2},
 }
 assert METHODS.keys() == SUPPORT.keys()
 

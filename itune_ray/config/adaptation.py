@@ -189,6 +189,39 @@ class CompacterConfig(Bottleneck):
     """Terms of the sum; divides hidden size and bottleneck."""
 
 
+class UpperLayers(Adaptation):
+    """What the methods that adapt the attention of the upper layers share."""
+
+    layers: Positive | None = None
+    """Layers from the top; default: all but the lowest two, as the papers' 30 of 32, and at least one."""
+
+    def adapted_layers(self, total: int) -> int:
+        """How many of a model's layers are adapted."""
+        return self.layers or max(1, total - 2)
+
+
+class LlamaAdapterConfig(UpperLayers):
+    """Prompts that attention sees through a softmax of their own and a gate: o = Attn(x) + g softmax(Q K_Pᵀ / √d) V_P,
+    g zero at the start, one per layer (Zhang et al. 2024). For the families that the `peft` library does it for:
+    llama and mistral."""
+
+    type: Literal["llama_adapter"] = "llama_adapter"
+    tokens: Positive = 10
+    """Prompts of a layer."""
+
+
+class LlamaExcitorConfig(UpperLayers):
+    """Prompts that change what is attended to and no value (survey eq. 27, corrected; Zou et al. 2024):
+    softmax((Q Kᵀ + g Q K_Eᵀ) / √d) V with K_E(t) = softmax(x_t A B Pᵀ / √d_P) P, a key of token t alone. g is zero at
+    the start, one per key head."""
+
+    type: Literal["llama_excitor"] = "llama_excitor"
+    tokens: Positive = 30
+    """Prompts P of a layer."""
+    rank: Positive = 16
+    """Of A B."""
+
+
 BOTTLENECKS = (HoulsbyConfig, PfeifferConfig, CompacterConfig)
 PROMPTS = (PromptTuningConfig, PTuningConfig, PrefixTuningConfig, PTuningV2Config)
 
@@ -205,7 +238,9 @@ PeftConfig = Annotated[
     | PTuningV2Config
     | HoulsbyConfig
     | PfeifferConfig
-    | CompacterConfig,
+    | CompacterConfig
+    | LlamaAdapterConfig
+    | LlamaExcitorConfig,
     Field(discriminator="type"),
 ]
 
@@ -275,6 +310,8 @@ SUPPORT: dict[str, Support] = {
     "houlsby": _MODULES,
     "pfeiffer": _MODULES,
     "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
+    "llama_adapter": Support("none", "vLLM's attention has one softmax, and none for prompts"),
+    "llama_excitor": Support("none", "vLLM's models compute keys without what the prompts add"),
 }
 """Method -> what it works with; `docs/peft.md` shows it as a table, and a test trains or refuses every cell."""
 

@@ -18,6 +18,8 @@ from itune_ray.config.adaptation import (
     BOTTLENECKS,
     AdaloraConfig,
     BitfitConfig,
+    LlamaAdapterConfig,
+    LlamaExcitorConfig,
     LoraConfig,
     PeftConfig,
     PeftLibraryConfig,
@@ -28,7 +30,9 @@ from itune_ray.errors import ModelError, did_you_mean
 from itune_ray.model.nf4 import quantise_linear_layers
 from itune_ray.model.peft.biases import apply_bitfit
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
+from itune_ray.model.peft.excitor import apply_excitor
 from itune_ray.model.peft.library import apply_library
+from itune_ray.model.peft.llama_adapter import apply_llama_adapter
 from itune_ray.model.peft.names import ADAPTER, base_name
 from itune_ray.model.peft.prompts import apply_prompts
 from itune_ray.model.reward import HEAD, reward_head
@@ -74,6 +78,10 @@ def _adapted(model: PreTrainedModel, config: Any, tokenizer: PreTrainedTokenizer
         return apply_bitfit(model)
     if isinstance(config, BOTTLENECKS):
         return apply_bottlenecks(model, config)
+    if isinstance(config, LlamaAdapterConfig):
+        return apply_llama_adapter(model, config)
+    if isinstance(config, LlamaExcitorConfig):
+        return apply_excitor(model, config)
     return apply_prompts(model, config, tokenizer)
 
 
