@@ -222,8 +222,31 @@ class LlamaExcitorConfig(UpperLayers):
     """Of A B."""
 
 
+class LTuningConfig(Adaptation):
+    """Classification by the labels' own words (Kowsher et al. 2024, L-Tuning's prefix): a text is read once per label,
+    behind keys and values made from what the frozen model makes of the label, p = Z(F(M(label))). F pools the label's
+    states by learned queries, Z is prefix tuning's two-layer network; a scalar head says whether the label fits.
+    Trained by objective `classify`."""
+
+    type: Literal["l_tuning"] = "l_tuning"
+    labels: Annotated[tuple[str, ...], Field(min_length=2)]
+    """The words of each label."""
+    tokens: Positive = 4
+    """Virtual tokens of a label, one query of F each."""
+    hidden: Positive = 128
+    """Width of Z."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> "LTuningConfig":
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels must differ; got {list(self.labels)}")
+        return self
+
+
 BOTTLENECKS = (HoulsbyConfig, PfeifferConfig, CompacterConfig)
-PROMPTS = (PromptTuningConfig, PTuningConfig, PrefixTuningConfig, PTuningV2Config)
+PROMPTS = (PromptTuningConfig, PTuningConfig, PrefixTuningConfig, PTuningV2Config, LTuningConfig)
+CACHED = ("prefix_tuning", "p_tuning_v2", "l_tuning")
+"""Methods whose virtual tokens are keys and values in a cache."""
 
 PeftConfig = Annotated[
     FullConfig
@@ -240,7 +263,8 @@ PeftConfig = Annotated[
     | PfeifferConfig
     | CompacterConfig
     | LlamaAdapterConfig
-    | LlamaExcitorConfig,
+    | LlamaExcitorConfig
+    | LTuningConfig,
     Field(discriminator="type"),
 ]
 
@@ -310,6 +334,7 @@ SUPPORT: dict[str, Support] = {
     "houlsby": _MODULES,
     "pfeiffer": _MODULES,
     "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
+    "l_tuning": _PREFIX,
     "llama_adapter": Support("none", "vLLM's attention has one softmax, and none for prompts"),
     "llama_excitor": Support("none", "vLLM's models compute keys without what the prompts add"),
 }

@@ -4,11 +4,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from itune_ray.config.adaptation import CACHED, refusal
 from itune_ray.config.adaptation import FullConfig as FullConfig
 from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
-from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
+from itune_ray.config.classify import ClassifyConfig as ClassifyConfig
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
 
@@ -66,7 +67,7 @@ class TrainedModel(Schema):
 
 # --- what is optimised ---------------------------------------------------------------------------------------------
 
-Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions"]
+Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions", "classes"]
 
 
 class SftConfig(Schema):
@@ -223,7 +224,8 @@ ObjectiveConfig = Annotated[
     | RewardConfig
     | KtoConfig
     | RrhfConfig
-    | KdConfig,
+    | KdConfig
+    | ClassifyConfig,
     Field(discriminator="type"),
 ]
 
@@ -390,6 +392,8 @@ class TrainJob(Job):
         """Most segments of one document, each of up to `max_length` tokens; see `itune_ray.train.documents`."""
         if self.objective.type == "rrhf":
             return self.objective.answers
+        if self.model.peft.type == "l_tuning":
+            return len(self.model.peft.labels)
         return {"pairs": 2, "compared": 2, "labelled": 4}.get(self.objective.rows, 1)
 
     @model_validator(mode="after")
@@ -409,7 +413,12 @@ class TrainJob(Job):
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
-        if self.gradient_checkpointing and self.model.peft.type in ("prefix_tuning", "p_tuning_v2"):
+        if (self.model.peft.type == "l_tuning") != (self.objective.type == "classify"):
+            raise ValueError(
+                "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
+                f"objective.type=classify; got {self.model.peft.type} and {self.objective.type}"
+            )
+        if self.gradient_checkpointing and self.model.peft.type in CACHED:
             raise ValueError(
                 f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "
                 "set gradient_checkpointing=false"

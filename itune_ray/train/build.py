@@ -87,7 +87,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             allowed="a model without sliding windows, with eager or sdpa",
             knob="model.attention",
         )
-    if scalar(job) and job.model.peft.type not in ("full", "lora"):
+    if job.objective.type == "reward" and job.model.peft.type not in ("full", "lora"):
         raise TrainError(
             "a reward model's head is trained whole or beside LoRA",
             got=job.model.peft.type,
@@ -141,7 +141,7 @@ def _base_model(
 
 def scalar(job: TrainJob) -> bool:
     """Whether the job trains a scalar head in place of the language model's."""
-    return job.objective.type == "reward"
+    return job.objective.type in ("reward", "classify")
 
 
 def _with_fresh_head(model: Any, job: TrainJob) -> Any:

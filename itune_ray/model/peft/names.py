@@ -18,6 +18,7 @@ _OWN = tuple(
         "bottleneck_adapter",
         "adaption_",
         "excitor",
+        "label_prefix",
         "prompt_encoder",
         *TRAINING_ONLY,
     }

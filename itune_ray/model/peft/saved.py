@@ -12,19 +12,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from itune_ray.config.adaptation import BOTTLENECKS, LlamaExcitorConfig
+from itune_ray.config.adaptation import BOTTLENECKS, LlamaExcitorConfig, LTuningConfig
 from itune_ray.errors import ModelError
+from itune_ray.model.load import load_tokenizer
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
 from itune_ray.model.peft.excitor import apply_excitor
+from itune_ray.model.peft.l_tuning import apply_l_tuning
 from itune_ray.model.peft.names import ADAPTER, OWN_CONFIG, TRAINING_ONLY, base_name
 from itune_ray.model.peft.prompts import is_prompted, trained_prompt
+from itune_ray.model.reward import reward_head
 from itune_ray.model.sharding import whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OURS: dict[str, tuple[Any, Any]] = {
     str(config.model_fields["type"].default): (config, apply)
-    for config, apply in (*((kind, apply_bottlenecks) for kind in BOTTLENECKS), (LlamaExcitorConfig, apply_excitor))
+    for config, apply in (
+        *((kind, apply_bottlenecks) for kind in BOTTLENECKS),
+        (LlamaExcitorConfig, apply_excitor),
+        (LTuningConfig, apply_l_tuning),
+    )
 }
 """Method -> its config and what puts it on a model."""
 
@@ -51,13 +58,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     if is_prompted(inner):
         return {"prompt_embeddings": trained_prompt(inner)}
     trained = {name: whole(p) for name, p in inner.named_parameters() if p.requires_grad}
-    if hasattr(inner, OWN_CONFIG):
-        return trained
     # Buffers such as VeRA's projections belong to some methods. Of the rest only names are PEFT's business; embeddings
     # that are not adapter weights stay with the base.
     for name, buffer in inner.named_buffers(remove_duplicate=False):
         if base_name(name) is None and not name.rpartition(".")[2].startswith(TRAINING_ONLY):
             trained[name] = whole(buffer)
+    if hasattr(inner, OWN_CONFIG):
+        return trained
     return get_peft_model_state_dict(inner, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
@@ -84,9 +91,14 @@ def load_adapted(base: PreTrainedModel, folder: str) -> nn.Module:
         return PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER).eval()
     fields = {k: v for k, v in settings.items() if k not in ("peft_type", "base_model_name_or_path")}
     config, apply = _OURS[settings["type"]]
-    model: nn.Module = apply(base, config.model_validate(fields))
+    own = config.model_validate(fields)
+    needs = (load_tokenizer(folder),) if isinstance(own, LTuningConfig) else ()
+    model: nn.Module = apply(base, own, *needs)
     tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    if (head := reward_head(base)) is not None:
+        head.requires_grad_(True)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted |= {name for name, _ in model.named_buffers() if base_name(name) is None}
     if wanted != set(tensors):
         raise ModelError("the adapter belongs to another model", got=folder, knob="model.adapter")
     model.load_state_dict(tensors, strict=False)
