@@ -12,6 +12,7 @@ from itune_ray.config.base import Schema
 from itune_ray.config.classify import ClassifyConfig as ClassifyConfig
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive
+from itune_ray.config.trackers import TrackerConfig
 
 # --- the model -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +330,16 @@ class CheckpointConfig(Schema):
     keep: Positive = 2
 
 
+class DivergenceConfig(Schema):
+    """A run has diverged when its mean loss over `steps` steps is above `factor` times the lowest such mean, by more
+    than `slack`. It then ends with an error; its checkpoints stay."""
+
+    factor: Annotated[float, Field(gt=1)] = 3.0
+    slack: Annotated[float, Field(ge=0)] = 1.0
+    """In the loss's own unit, so that a loss near 0 may rise."""
+    steps: Positive = 50
+
+
 class ValidationConfig(Schema):
     """Held-out rows, scored by the objective without training on them; writes validation.jsonl."""
 
@@ -347,6 +358,8 @@ class TrainJob(Job):
         "checkpoint",
         "log_every",
         "gradient_checkpointing",
+        "trackers",
+        "divergence",
     }
 
     model: TrainedModel
@@ -376,6 +389,11 @@ class TrainJob(Job):
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: Positive = 1
+    divergence: DivergenceConfig | None = DivergenceConfig()
+    """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written; not used by a
+    sweep's trials."""
 
     @property
     def pack_capacity(self) -> int:
