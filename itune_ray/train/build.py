@@ -17,7 +17,7 @@ from itune_ray.data.batches import Masking
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
-from itune_ray.model.adapter import check_adapter
+from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -98,6 +98,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
+        check_vocabulary(tokenizer, adapter)
         check_adapter(adapted, adapter)
     if job.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
