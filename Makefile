@@ -17,7 +17,7 @@ BACKEND_cpu := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
 OVERRIDE_cpu := --override requirements/cpu-overrides.txt
 INSTALL = $(UV) $(BACKEND_$(ACCEL)) $(OVERRIDE_$(ACCEL)) --constraint requirements/constraints.txt
 
-.PHONY: install quickstart full test fast soak audit playground lint format clean
+.PHONY: install quickstart full test fast soak audit playground matrix lint format clean
 
 install: $(READY)  ## the environment alone
 
@@ -41,6 +41,9 @@ audit: $(READY_DEV)  ## known vulnerabilities of the pinned packages; needs the 
 
 playground: $(READY)  ## rebuild the shipped models by ordinary train jobs
 	$(BIN)/python jobs/playground/build.py
+
+matrix: $(READY)  ## every objective and every parameter-efficient method learns: a table of measured figures
+	$(BIN)/python jobs/train/matrix.py
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check

@@ -1,10 +1,14 @@
 """A small config of every method of `model.peft`."""
 
+from typing import Any
+
+import tiny
 from pydantic import TypeAdapter
 
 from itune_ray.config.adaptation import SUPPORT, PeftConfig
+from itune_ray.data.records import Record
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "lora": {"type": "lora", "rank": 4},
     "rslora": {"type": "lora", "rank": 4, "rslora": True},
@@ -28,8 +32,26 @@ METHODS = {
     "houlsby": {"type": "houlsby", "reduction": 8},
     "pfeiffer": {"type": "pfeiffer", "reduction": 8},
     "compacter": {"type": "compacter", "reduction": 8},
+    "l_tuning": {"type": "l_tuning", "labels": ["apple pie", "stone", "maple tiger"], "tokens": 3, "hidden": 16},
+    "llama_adapter": {"type": "llama_adapter", "tokens": 5, "layers": 2},
+    "llama_excitor": {"type": "llama_excitor", "tokens": 5, "rank": 4, "layers": 2},
 }
 assert METHODS.keys() == SUPPORT.keys()
+
+
+OTHER_OBJECTIVE = {"l_tuning": {"type": "classify"}}
+"""Method -> what it is trained on where that is not sft."""
+
+
+def settings(method: str) -> dict[str, Any]:
+    """What a job needs to train a method."""
+    other = {"objective": OTHER_OBJECTIVE[method], "max_length": 40} if method in OTHER_OBJECTIVE else {}
+    return {"model.peft": METHODS[method], **other}  # a text once per label is never split, so that it is short
+
+
+def rows(method: str, count: int) -> list[Record]:
+    """Rows that the method is trained on."""
+    return tiny.classes(count, METHODS[method]["labels"]) if method in OTHER_OBJECTIVE else tiny.chats(count)
 
 
 def config(method: str, **overrides):

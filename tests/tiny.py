@@ -115,6 +115,16 @@ def chat(question: str, answer: str, position: int = 0, **fields: Any) -> Record
     return Record(source="tiny", position=position, messages=messages, **fields)
 
 
+def classes(count: int, labels: list[str]) -> list[Record]:
+    """Chats whose answer is a label: it is told by the question's first word."""
+    rng = random.Random(3)
+    drawn = [rng.randrange(len(labels)) for _ in range(count)]
+    return [
+        chat(" ".join([WORDS[label], *rng.choices(WORDS, k=position % 5)]), labels[label], position=position)
+        for position, label in enumerate(drawn)
+    ]
+
+
 def pairs(count: int) -> list[Record]:
     """Preference rows: the same chats, each with a worse answer of another length."""
     return [

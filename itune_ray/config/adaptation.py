@@ -189,8 +189,64 @@ class CompacterConfig(Bottleneck):
     """Terms of the sum; divides hidden size and bottleneck."""
 
 
+class UpperLayers(Adaptation):
+    """What the methods that adapt the attention of the upper layers share."""
+
+    layers: Positive | None = None
+    """Layers from the top; default: all but the lowest two, as the papers' 30 of 32, and at least one."""
+
+    def adapted_layers(self, total: int) -> int:
+        """How many of a model's layers are adapted."""
+        return self.layers or max(1, total - 2)
+
+
+class LlamaAdapterConfig(UpperLayers):
+    """Prompts that attention sees through a softmax of their own and a gate: o = Attn(x) + g softmax(Q K_Pᵀ / √d) V_P,
+    g zero at the start, one per layer (Zhang et al. 2024). For the families that the `peft` library does it for:
+    llama and mistral."""
+
+    type: Literal["llama_adapter"] = "llama_adapter"
+    tokens: Positive = 10
+    """Prompts of a layer."""
+
+
+class LlamaExcitorConfig(UpperLayers):
+    """Prompts that change what is attended to and no value (survey eq. 27, corrected; Zou et al. 2024):
+    softmax((Q Kᵀ + g Q K_Eᵀ) / √d) V with K_E(t) = softmax(x_t A B Pᵀ / √d_P) P, a key of token t alone. g is zero at
+    the start, one per key head."""
+
+    type: Literal["llama_excitor"] = "llama_excitor"
+    tokens: Positive = 30
+    """Prompts P of a layer."""
+    rank: Positive = 16
+    """Of A B."""
+
+
+class LTuningConfig(Adaptation):
+    """Classification by the labels' own words (Kowsher et al. 2024, L-Tuning's prefix): a text is read once per label,
+    behind keys and values made from what the frozen model makes of the label, p = Z(F(M(label))). F pools the label's
+    states by learned queries, Z is prefix tuning's two-layer network; a scalar head says whether the label fits.
+    Trained by objective `classify`."""
+
+    type: Literal["l_tuning"] = "l_tuning"
+    labels: Annotated[tuple[str, ...], Field(min_length=2)]
+    """The words of each label."""
+    tokens: Positive = 4
+    """Virtual tokens of a label, one query of F each."""
+    hidden: Positive = 128
+    """Width of Z."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> "LTuningConfig":
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels must differ; got {list(self.labels)}")
+        return self
+
+
 BOTTLENECKS = (HoulsbyConfig, PfeifferConfig, CompacterConfig)
-PROMPTS = (PromptTuningConfig, PTuningConfig, PrefixTuningConfig, PTuningV2Config)
+PROMPTS = (PromptTuningConfig, PTuningConfig, PrefixTuningConfig, PTuningV2Config, LTuningConfig)
+CACHED = ("prefix_tuning", "p_tuning_v2", "l_tuning")
+"""Methods whose virtual tokens are keys and values in a cache."""
 
 PeftConfig = Annotated[
     FullConfig
@@ -205,7 +261,10 @@ PeftConfig = Annotated[
     | PTuningV2Config
     | HoulsbyConfig
     | PfeifferConfig
-    | CompacterConfig,
+    | CompacterConfig
+    | LlamaAdapterConfig
+    | LlamaExcitorConfig
+    | LTuningConfig,
     Field(discriminator="type"),
 ]
 
@@ -275,6 +334,9 @@ SUPPORT: dict[str, Support] = {
     "houlsby": _MODULES,
     "pfeiffer": _MODULES,
     "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
+    "l_tuning": _PREFIX,
+    "llama_adapter": Support("none", "vLLM's attention has one softmax, and none for prompts"),
+    "llama_excitor": Support("none", "vLLM's models compute keys without what the prompts add"),
 }
 """Method -> what it works with; `docs/peft.md` shows it as a table, and a test trains or refuses every cell."""
 

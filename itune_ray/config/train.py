@@ -4,17 +4,19 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from itune_ray.config.adaptation import SUPPORT, refusal
+from itune_ray.config.adaptation import CACHED, SUPPORT, refusal
 from itune_ray.config.adaptation import FullConfig as FullConfig
 from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.base import Schema, Tree
+from itune_ray.config.classify import ClassifyConfig as ClassifyConfig
 from itune_ray.config.course import Curriculum, Replay
 from itune_ray.config.gate import GateConfig
 from itune_ray.config.images import ImagesConfig
 from itune_ray.config.images import refusal as images_refusal
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
+from itune_ray.config.trackers import TrackerConfig
 
 # --- the model -----------------------------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ class TrainedModel(Schema):
 
 # --- what is optimised ---------------------------------------------------------------------------------------------
 
-Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions"]
+Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions", "classes"]
 
 
 class SftConfig(Schema):
@@ -252,7 +254,8 @@ ObjectiveConfig = Annotated[
     | RewardConfig
     | KtoConfig
     | RrhfConfig
-    | KdConfig,
+    | KdConfig
+    | ClassifyConfig,
     Field(discriminator="type"),
 ]
 
@@ -384,6 +387,16 @@ class CheckpointConfig(Schema):
     """Copy the state to host memory and write it while training goes on: the run stands still for the copy alone."""
 
 
+class DivergenceConfig(Schema):
+    """A run has diverged when its mean loss over `steps` steps is above `factor` times the lowest such mean, by more
+    than `slack`. It then ends with an error; its checkpoints stay."""
+
+    factor: Annotated[float, Field(gt=1)] = 3.0
+    slack: Annotated[float, Field(ge=0)] = 1.0
+    """In the loss's own unit, so that a loss near 0 may rise."""
+    steps: Positive = 50
+
+
 class ValidationConfig(Schema):
     """Held-out rows, scored by the objective without training on them; writes validation.jsonl."""
 
@@ -407,6 +420,8 @@ class TrainJob(Job):
         "log_every",
         "gradient_checkpointing",
         "gate",
+        "trackers",
+        "divergence",
     }
 
     silent_at_default = frozenset({"curriculum", "replay"})
@@ -449,6 +464,11 @@ class TrainJob(Job):
     gate: GateConfig | None = GateConfig()
     """Compare what is written with what was trained; null writes it unseen, as it is with `images`."""
     log_every: Positive = 1
+    divergence: DivergenceConfig | None = DivergenceConfig()
+    """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written; not used by a
+    sweep's trials."""
 
     def identity(self) -> Tree:
         """As for every schema; what is left unset decides nothing."""
@@ -469,6 +489,8 @@ class TrainJob(Job):
         """Most segments of one document, each of up to `max_length` tokens; see `itune_ray.train.documents`."""
         if self.objective.type == "rrhf":
             return self.objective.answers
+        if self.model.peft.type == "l_tuning":
+            return len(self.model.peft.labels)
         return {"pairs": 2, "compared": 2, "labelled": 4}.get(self.objective.rows, 1)
 
     @model_validator(mode="after")
@@ -496,7 +518,12 @@ class TrainJob(Job):
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"
             )
-        if self.gradient_checkpointing and self.model.peft.type in ("prefix_tuning", "p_tuning_v2"):
+        if (self.model.peft.type == "l_tuning") != (self.objective.type == "classify"):
+            raise ValueError(
+                "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
+                f"objective.type=classify; got {self.model.peft.type} and {self.objective.type}"
+            )
+        if self.gradient_checkpointing and self.model.peft.type in CACHED:
             raise ValueError(
                 f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "
                 "set gradient_checkpointing=false"

@@ -10,8 +10,10 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.errors import ModelError
+from itune_ray.model.load import load_tokenizer
 from itune_ray.model.peft.names import ADAPTER, saved_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -52,6 +54,28 @@ def check_adapter(model: nn.Module, folder: str) -> None:
                 knob=f"model.peft.{knob}",
             )
     _check_matrices(model, file)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Refuse an adapter that was trained on other token ids; a folder without a tokenizer says nothing.
+
+    Raises:
+        ModelError: The first token whose ids differ.
+    """
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return
+    own, other = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+    if own == other:
+        return
+    token = min(
+        (t for t in own.keys() | other.keys() if own.get(t) != other.get(t)), key=lambda t: own.get(t, len(own))
+    )
+    raise ModelError(
+        "the adapter to continue was trained with another tokenizer than the job's",
+        got=f"token {token!r} with id {other.get(token)}",
+        allowed=f"id {own.get(token)}, as in the job's tokenizer, and the same {len(own)} tokens",
+        knob="model.tokenizer",
+    )
 
 
 def _check_matrices(model: nn.Module, file: Path) -> None:

@@ -93,7 +93,7 @@ def write_adapter(
     comes with its head. Collective; rank 0 writes."""
     weights, config = adapter_tensors(model), adapter_settings(model, base_path)
     head = reward_head(plain_model(model))
-    if head is not None:
+    if head is not None and HEAD_WEIGHT not in weights:
         weights[f"base_model.model.{HEAD_WEIGHT}"] = whole(head.weight)
         # So that PEFT puts the head beside the adapter when it loads them.
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}

@@ -17,7 +17,7 @@ from itune_ray.data.batches import Masking
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
-from itune_ray.model.adapter import check_adapter
+from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
 from itune_ray.model.images import check_positions, choose_trained
 from itune_ray.model.load import (
@@ -105,7 +105,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             allowed="a model without sliding windows, with eager or sdpa",
             knob="model.attention",
         )
-    if scalar(job) and job.model.peft.type not in ("full", "lora"):
+    if job.objective.type == "reward" and job.model.peft.type not in ("full", "lora"):
         raise TrainError(
             "a reward model's head is trained whole or beside LoRA",
             got=job.model.peft.type,
@@ -120,6 +120,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
+        check_vocabulary(tokenizer, adapter)
         check_adapter(adapted, adapter)
     if job.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,7 +165,7 @@ def _base_model(
 
 def scalar(job: TrainJob) -> bool:
     """Whether the job trains a scalar head in place of the language model's."""
-    return job.objective.type == "reward"
+    return job.objective.type in ("reward", "classify")
 
 
 def _with_fresh_head(model: Any, job: TrainJob) -> Any:

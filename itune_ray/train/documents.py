@@ -8,6 +8,7 @@
 | labelled | a chat with an answer and a label, or a pair | one segment per answer, and as many mismatched |
 | ranked | a chat with several scored answers, or a pair | one segment per answer |
 | distributions | a chat with an answer, and a teacher's top-k over it | one segment, k ids and log-probs per token |
+| classes | a chat or text with a label | the text without the label, one segment per label |
 """
 
 import math
@@ -23,6 +24,7 @@ from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, TemplateRewri
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import UNSAFE, Record, row_seed
 from itune_ray.errors import TrainError
+from itune_ray.train.classes import Classes
 
 MARGIN = "margin"
 """Column of `compared`: by how much the chosen answer is better, one per document."""
@@ -315,6 +317,7 @@ DOCUMENTS: dict[str, Documents] = {
     "labelled": Labelled(),
     "ranked": Ranked(),
     "distributions": Distributions(),
+    "classes": Classes(),
 }
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 

@@ -25,6 +25,7 @@ from itune_ray.model.load import pad_id
 from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, load_renderer, scalar
 from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.divergence import Divergence
 from itune_ray.train.gate import check_written, gate_documents, trained_scores
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
@@ -247,6 +248,7 @@ class Loop:
     def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
+        watch = Divergence(self._job.divergence) if log is not None and self._job.divergence is not None else None
         validation, held_out = self._validation(start)
         row: Row = {}
         saved: Row = {}
@@ -258,6 +260,8 @@ class Loop:
                 log.write(row)
                 if on_progress is not None:
                     on_progress(step + 1, self._total, {**row, **held_out, **saved, **self._filled(step)})
+            if watch is not None:
+                watch.see(step + 1, row["loss"])
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end or leaves:
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")

@@ -24,6 +24,7 @@ from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.train.board import OnProgress
 from itune_ray.train.rows import VALIDATION, read_held_out, read_rows, replay_counts, validation_job
+from itune_ray.train.trackers import Tracked, check_trackers, open_trackers
 from itune_ray.train.workers import fit
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     artifact = runs.artifact(stage, "train", job, version(job))
     if artifact.complete:
         return artifact
+    check_trackers(job.trackers)
     cluster.connect(job.run.ray, progress.say)
     _make_room(job, engines, progress.say)
     records, unread = read_rows(job)
@@ -57,8 +59,9 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     if job.validation is not None:
         held_out, unread = read_held_out(job.validation.data)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
-    with progress.task(stage, prepared.plan.steps, unit="steps") as task:
-        outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers))
+    tracked = _tracked(job, artifact, progress.say)
+    with progress.task(stage, prepared.plan.steps, unit="steps") as task, contextlib.closing(tracked):
+        outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked))
     if job.gate is not None and job.gate.vllm is not None:
         from itune_ray.train.served import check_served
 
@@ -120,7 +123,20 @@ GAUGES = {
 """What the loop tells, as metrics."""
 
 
-def _shown(task: Task, workers: TrainWorkers) -> OnProgress:
+def _tracked(job: TrainJob, artifact: Artifact, say: Callable[[str], None]) -> Tracked:
+    path = artifact.path()
+    name = f"{job.name}/{path.rstrip('/').rpartition('/')[2]}"
+    return open_trackers(
+        job.trackers,
+        folder=path,
+        name=name,
+        run_id=name.replace("/", "-"),
+        settings=job.identity(),
+        say=say,
+    )
+
+
+def _shown(task: Task, workers: TrainWorkers, tracked: Tracked) -> OnProgress:
     seen = 0
     peak = workers.peak_tflops * 1e12 if workers.peak_tflops else None
 
@@ -132,6 +148,7 @@ def _shown(task: Task, workers: TrainWorkers) -> OnProgress:
             shown["mfu"] = float(row["flops_per_s"]) / (peak * int(row["ranks"]))
             metrics.gauge("itune_mfu", shown["mfu"])
         task.update(step, seen, None, **shown)
+        tracked.log(row)
         metrics.count("itune_tokens_total", int(row["tokens"]), kind="trained")
         for name in GAUGES.keys() & row.keys():
             metrics.gauge(GAUGES[name], float(row[name]))

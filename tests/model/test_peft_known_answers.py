@@ -8,6 +8,7 @@ import tiny
 import torch
 from methods import METHODS, config
 from test_peft_methods import adapted, base_of, scores, trained
+from test_upper_layers import attention_inputs, projected
 from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -16,6 +17,7 @@ from itune_ray.model.export import write_adapter
 from itune_ray.model.nf4 import Nf4Linear
 from itune_ray.model.peft import apply_peft, parameter_report
 from itune_ray.model.peft.bottleneck import BottleneckAdapter, CompacterAdapter, PhmLinear
+from itune_ray.model.peft.prompts import prefix_cache
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +96,59 @@ def test_a_family_whose_heads_are_wider_than_its_hidden_size_gets_prefixes_of_th
     assert trainable(apply_peft(base, config("p_tuning_v2", tokens=3), tiny.tokenizer(), 0)) == 3 * 2 * 2 * 2 * 24
 
 
-def test_attention_over_a_prefix_is_a_gated_sum():
-    """softmax(Q [P_K; K]) [P_V; V] = (1 - λ) Attn(x) + λ Attn(P), λ the share of the weights on the prefix."""
+def test_attention_over_a_prefix_is_a_gated_sum(folder):
+    """softmax(Q [P_K; K]) [P_V; V] = (1 - λ) Attn(x) + λ Attn(P), λ the share of the weights on the prefix; of a layer
+    of the model, behind the keys and values that prefix tuning puts into its cache."""
+    model = adapted(folder, "p_tuning_v2", tokens=3)
+    layer = model.get_base_model().model.layers[1].self_attn
+    inputs = {**attention_inputs(layer), "hidden_states": 3 * torch.randn(1, 6, 64)}
+    mask = torch.cat([torch.zeros(1, 1, 6, 3), inputs["attention_mask"]], -1)
+    prompt = torch.randn(3, 2 * 2 * 32)
+    layer.o_proj = torch.nn.Identity()
+    with torch.no_grad():
+        q, k, v = projected(layer, inputs)
+        cache = prefix_cache(prompt, layers=2, heads=1, size=1)
+        joined = layer(**{**inputs, "attention_mask": mask}, past_key_values=cache)[0]
+        p_k, p_v = prompt[:, 2 * 32 : 3 * 32], prompt[:, 3 * 32 :]  # of the second layer
+        weights = ((q @ torch.cat([p_k.expand(1, 2, -1, -1), k], 2).mT / math.sqrt(32)) + mask).softmax(-1)
+        gate = weights[..., :3].sum(-1, keepdim=True)
+        own = attention(q, k, v, attn_mask=inputs["attention_mask"])
+        expected = (1 - gate) * own + gate * attention(q, p_k.expand(1, 2, -1, -1), p_v.expand(1, 2, -1, -1))
+    assert 0.01 < float(gate.mean()) < 0.99
+    torch.testing.assert_close(joined, expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+def test_ia3_is_its_closed_form(folder):
+    """k' = l_k ⊙ k, and what goes into the second MLP matrix is l_ff ⊙ (gate · up)."""
+    model = adapted(folder, "ia3")
+    layer = model.base_model.model.model.layers[0]
     torch.manual_seed(0)
-    q, k, v, p_k, p_v = (torch.randn(n, 8) for n in (4, 6, 6, 3, 3))
-    joined = attention(q[None], torch.cat([p_k, k])[None], torch.cat([p_v, v])[None])[0]
-    weights = (q @ torch.cat([p_k, k]).T / math.sqrt(8)).softmax(-1)
-    gate = weights[:, :3].sum(-1, keepdim=True)
-    split = (1 - gate) * attention(q[None], k[None], v[None])[0] + gate * attention(q[None], p_k[None], p_v[None])[0]
-    assert (joined - split).abs().max() < 1e-6
+    with torch.no_grad():
+        for module, size in ((layer.self_attn.k_proj, 64), (layer.mlp.down_proj, 96)):
+            (scale,) = module.ia3_l.values()
+            scale.normal_()
+            x, own, weight = torch.randn(5, size), scale.flatten(), module.base_layer.weight
+            expected = (x * own) @ weight.T if module is layer.mlp.down_proj else (x @ weight.T) * own
+            torch.testing.assert_close(module(x), expected)
+
+
+def test_an_adapter_takes_4_operations_per_weight_and_token_and_6_per_own_weight():
+    """Where full training takes 6: frozen matrices get no weight gradients. The lowest q, k and v, of whose input
+    nothing is trained, get none at their input either."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def operations(method):
+        base = llama(vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_key_value_heads=4)
+        model = apply_peft(base, config(method), tiny.tokenizer(), 0)
+        ids = torch.arange(64)[None]
+        with FlopCounterMode(display=False) as counter:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        return counter.get_total_flops(), trainable(model)
+
+    (adapter, own), (full, weights) = operations("lora"), operations("full")
+    matrices = weights - 512 * 256 - 9 * 256  # all but the input embedding and the norms
+    expected = (4 * matrices + 6 * own - 2 * 3 * 256 * 256) / (6 * matrices)
+    assert adapter / full == pytest.approx(expected, abs=2e-3)
 
 
 def test_a_prompt_starts_at_the_words_it_is_told(folder):

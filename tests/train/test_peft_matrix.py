@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from methods import METHODS
+from methods import METHODS, rows, settings
 from pydantic import ValidationError
 from ranks import STRATEGIES, run_ranks
 from safetensors.torch import load_file
@@ -22,10 +22,8 @@ REFUSED = [cell for cell in CELLS if cell not in TRAINED]
 
 
 def job_of(folder, method, strategy, **overrides):
-    settings = {"steps": 2, "batch": 8, "packing": True, "pack_length": 160, "micro_batch": 2}
-    return tiny.job(
-        folder, **{**settings, "model.peft": METHODS[method], "strategy": STRATEGIES[strategy], **overrides}
-    )
+    shape = {"steps": 2, "batch": 8, "packing": True, "pack_length": 160, "micro_batch": 2}
+    return tiny.job(folder, **{**shape, **settings(method), "strategy": STRATEGIES[strategy], **overrides})
 
 
 def figures(stage):
@@ -52,7 +50,7 @@ def alone(folder, tmp_path_factory):
     for method in METHODS:
         stages[method] = tmp_path_factory.mktemp("alone")
         job = job_of(folder, method, "ddp", packing=False, pack_length=None)
-        train_local(job, tiny.chats(16), str(stages[method]))
+        train_local(job, rows(method, 16), str(stages[method]))
     return stages
 
 
@@ -63,7 +61,7 @@ def two_ranks(folder, tmp_path_factory):
     for method, strategy in TRAINED:
         stage = str(tmp_path_factory.mktemp("two"))
         job = job_of(folder, method, strategy)
-        prepare_locally(job, tiny.chats(16), stage)
+        prepare_locally(job, rows(method, 16), stage)
         cells.append((job, stage))
     found = run_ranks(2, train_cells, cells, timeout=280)[0]
     return {cell: (stage, row) for cell, (_, stage), row in zip(TRAINED, cells, found, strict=False)}

@@ -3,11 +3,12 @@
 import pytest
 import tiny
 import torch
-from methods import METHODS
+from methods import METHODS, rows, settings
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from itune_ray.config.adaptation import CACHED
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.peft.saved import load_adapted
 from itune_ray.train.loop import train_local
@@ -69,12 +70,13 @@ def test_adalora_optimises_its_penalty_and_ends_at_its_budget(folder, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_in_bf16_over_a_frozen_bf16_base(folder, tmp_path, method):
-    outcome = train_local(job_of(folder, METHODS[method], steps=2, precision="bf16"), tiny.chats(16), str(tmp_path))
-    exact = train_local(job_of(folder, METHODS[method], steps=2), tiny.chats(16), str(tmp_path / "fp32"))
+    short, records = {"steps": 2, **settings(method)}, rows(method, 16)
+    outcome = train_local(job_of(folder, METHODS[method], precision="bf16", **short), records, str(tmp_path))
+    exact = train_local(job_of(folder, METHODS[method], **short), records, str(tmp_path / "fp32"))
     assert outcome.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=3e-2)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("prefix_tuning", "p_tuning_v2", "full", "lora")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*CACHED, "full", "lora")])
 def test_recomputation_changes_nothing(folder, tmp_path, method):
     records = tiny.chats(16)
     for name, again in (("kept", False), ("again", True)):
@@ -84,10 +86,10 @@ def test_recomputation_changes_nothing(folder, tmp_path, method):
     torch.testing.assert_close(kept, again, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("method", CACHED)
 def test_recomputation_would_add_a_prefix_twice(folder, method):
     with pytest.raises(ValidationError, match="gradient_checkpointing=false"):
-        job_of(folder, METHODS[method], gradient_checkpointing=True)
+        job_of(folder, METHODS[method], gradient_checkpointing=True, **settings(method))
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])

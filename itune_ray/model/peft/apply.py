@@ -18,7 +18,10 @@ from itune_ray.config.adaptation import (
     BOTTLENECKS,
     AdaloraConfig,
     BitfitConfig,
+    LlamaAdapterConfig,
+    LlamaExcitorConfig,
     LoraConfig,
+    LTuningConfig,
     PeftConfig,
     PeftLibraryConfig,
     QloraConfig,
@@ -30,7 +33,10 @@ from itune_ray.model.images import beside_language
 from itune_ray.model.nf4 import quantise_linear_layers
 from itune_ray.model.peft.biases import apply_bitfit
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
+from itune_ray.model.peft.excitor import apply_excitor
+from itune_ray.model.peft.l_tuning import apply_l_tuning
 from itune_ray.model.peft.library import apply_library
+from itune_ray.model.peft.llama_adapter import apply_llama_adapter
 from itune_ray.model.peft.names import ADAPTER, base_name
 from itune_ray.model.peft.prompts import apply_prompts
 from itune_ray.model.reward import HEAD, reward_head
@@ -77,6 +83,12 @@ def _adapted(model: PreTrainedModel, config: Any, tokenizer: PreTrainedTokenizer
         return apply_bitfit(model)
     if isinstance(config, BOTTLENECKS):
         return apply_bottlenecks(model, config)
+    if isinstance(config, LlamaAdapterConfig):
+        return apply_llama_adapter(model, config)
+    if isinstance(config, LlamaExcitorConfig):
+        return apply_excitor(model, config)
+    if isinstance(config, LTuningConfig):
+        return apply_l_tuning(model, config, tokenizer)
     return apply_prompts(model, config, tokenizer)
 
 

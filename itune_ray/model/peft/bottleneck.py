@@ -15,11 +15,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from itune_ray.config.adaptation import Bottleneck, CompacterConfig, PfeifferConfig
 from itune_ray.errors import ModelError
+from itune_ray.model.peft.names import OWN_CONFIG
 
 NAME = "bottleneck_adapter"
 """Of the submodule that attention and MLP get."""
-CONFIG = "bottleneck_config"
-"""Of the attribute that says what a model was adapted with."""
 
 
 class BottleneckAdapter(nn.Module):
@@ -103,7 +102,7 @@ def apply_bottlenecks(model: PreTrainedModel, config: Bottleneck) -> nn.Module:
         made = BottleneckAdapter(hidden, width) if shared is None else CompacterAdapter(hidden, width, terms, shared)
         module.add_module(NAME, made.to(device))
         module.register_forward_hook(_adapted)
-    setattr(model, CONFIG, config)
+    setattr(model, OWN_CONFIG, config)
     return model
 
 
@@ -113,14 +112,23 @@ def _adapted(module: Any, _: Any, output: Any) -> Any:
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
-def _adapted_modules(model: PreTrainedModel, mlp_only: bool) -> Iterator[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model from the lowest to the highest, by the names of their classes that its family declares.
+
+    Raises:
+        ModelError: It declares none.
+    """
     kinds = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ModelError("this family declares no decoder layers to adapt", got=model.config.model_type)
+    return layers
+
+
+def _adapted_modules(model: PreTrainedModel, mlp_only: bool) -> Iterator[nn.Module]:
     parts = ("mlp",) if mlp_only else ("self_attn", "mlp")
-    for layer in layers:
+    for layer in decoder_layers(model):
         for part in parts:
             if not isinstance(getattr(layer, part, None), nn.Module):
                 raise ModelError(f"this family's layers have no `{part}` to adapt", got=model.config.model_type)
             yield getattr(layer, part)
-    if not layers:
-        raise ModelError("this family declares no decoder layers to adapt", got=model.config.model_type)

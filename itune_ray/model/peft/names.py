@@ -6,6 +6,8 @@ ADAPTER = "default"
 _WRAPPED_SEGMENTS = (".base_layer", ".token_adapter", ".original_module")
 TRAINING_ONLY = ("adalora_", "nf4_")
 """How buffers begin that training needs and a saved adapter does not."""
+OWN_CONFIG = "adaptation_config"
+"""The attribute of a model that says what it was adapted with, where the `peft` library does not know the method."""
 _OWN = tuple(
     {
         *PEFT_TYPE_TO_PREFIX_MAPPING.values(),
@@ -14,6 +16,9 @@ _OWN = tuple(
         "ranknum",
         "trainable_tokens",
         "bottleneck_adapter",
+        "adaption_",
+        "excitor",
+        "label_prefix",
         "prompt_encoder",
         *TRAINING_ONLY,
     }

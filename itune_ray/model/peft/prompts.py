@@ -106,12 +106,12 @@ def _scores(
     size, width = input_ids.shape
     prompt = self.prompt_encoder[ADAPTER](torch.arange(tokens, device=input_ids.device)[None]).to(words.dtype)
     if attention_mask is None:
-        attention_mask = _causal(width, words)
+        attention_mask = causal_mask(width, words)
     seen = attention_mask.new_zeros(*attention_mask.shape[:2], width, tokens)
     below = torch.cat([seen, attention_mask], -1)
     shared: dict[str, Any] = {"token_scores": True, **kwargs}
     if config.peft_type == peft.PeftType.PREFIX_TUNING:
-        cache = _cache(prompt[0], config, size)
+        cache = prefix_cache(prompt[0], config.num_layers, config.num_attention_heads, size)
         return base(
             inputs_embeds=words,
             attention_mask=below,
@@ -121,7 +121,9 @@ def _scores(
             **shared,
         )
     hidden = attention_mask.new_full((*attention_mask.shape[:2], tokens, width), torch.finfo(words.dtype).min)
-    above = torch.cat([_causal(tokens, words).expand(*attention_mask.shape[:2], -1, -1), hidden.to(below.dtype)], -1)
+    above = torch.cat(
+        [causal_mask(tokens, words).expand(*attention_mask.shape[:2], -1, -1), hidden.to(below.dtype)], -1
+    )
     own = torch.arange(tokens, device=input_ids.device).expand(size, -1)
     if "router_tokens" in shared:  # virtual tokens are padding to the router loss
         shared["router_tokens"] = torch.nn.functional.pad(shared["router_tokens"], (tokens, 0))
@@ -134,17 +136,17 @@ def _scores(
     )
 
 
-def _causal(width: int, like: Tensor) -> Tensor:
+def causal_mask(width: int, like: Tensor) -> Tensor:
+    """Additive mask [1, 1, T, T] of one document, in the dtype and on the device of a tensor."""
     lowest = torch.finfo(like.dtype).min
     return torch.full((width, width), lowest, dtype=like.dtype, device=like.device).triu(1)[None, None]
 
 
-def _cache(prefix: Tensor, config: Any, size: int) -> DynamicCache:
-    """[P, 2 · layers · kv width] as the keys and values that every layer finds already there."""
-    heads = config.num_attention_heads
-    layers = prefix.view(len(prefix), config.num_layers * 2, heads, config.token_dim // heads).permute(1, 2, 0, 3)
+def prefix_cache(prefix: Tensor, layers: int, heads: int, size: int) -> DynamicCache:
+    """[P, 2 · layers · kv width] as the keys and values that every layer finds already there, for `size` rows."""
+    parts = prefix.view(len(prefix), layers * 2, heads, -1).permute(1, 2, 0, 3)
     cache = DynamicCache()
-    for layer in range(config.num_layers):
-        keys, values = (layers[2 * layer + i].expand(size, -1, -1, -1) for i in (0, 1))
+    for layer in range(layers):
+        keys, values = (parts[2 * layer + i].expand(size, -1, -1, -1) for i in (0, 1))
         cache.update(keys, values, layer)
     return cache

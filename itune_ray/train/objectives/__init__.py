@@ -15,6 +15,7 @@ OBJECTIVES = {
     "reward": "itune_ray.train.objectives.reward:Reward",
     "kto": "itune_ray.train.objectives.kto:Kto",
     "rrhf": "itune_ray.train.objectives.rrhf:Rrhf",
+    "classify": "itune_ray.train.objectives.classify:Classify",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
 
