@@ -18,6 +18,8 @@ from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter
+from itune_ray.model.cpu import install_wide_products
+from itune_ray.model.documents import install_document_attention
 from itune_ray.model.load import (
     can_pack,
     choose_attention,
@@ -94,7 +96,11 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             allowed="full or lora",
             knob="model.peft.type",
         )
+    if masking == "mask_4d_if_packed" and world.device.type == "cpu" and not isinstance(job.model.peft, PROMPTS):
+        install_document_attention(model)
+        masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    install_wide_products(adapted)
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
     adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
