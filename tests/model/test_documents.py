@@ -121,8 +121,8 @@ def test_a_wide_product_rounds_its_sums_once(weights, bias, monkeypatch):
     torch.testing.assert_close(out.detach().double(), exact, rtol=2**-8, atol=1e-3)
     wanted = grad.double().flatten(0, 1).T @ hidden.detach().double().flatten(0, 1)
     assert linear.weight.grad is not None
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if weights == torch.float32 else {"rtol": 2**-8, "atol": 1e-3}
-    torch.testing.assert_close(linear.weight.grad.double(), wanted, **tolerance)
+    rtol, atol = (1e-5, 1e-5) if weights == torch.float32 else (2**-8, 1e-3)
+    torch.testing.assert_close(linear.weight.grad.double(), wanted, rtol=rtol, atol=atol)
 
 
 def test_fp32_and_machines_with_bf16_units_keep_torchs_own(monkeypatch):

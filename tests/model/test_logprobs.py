@@ -154,6 +154,7 @@ def test_bf16_by_fp32_units_some_words_at_a_time(weights, small_chunks, monkeypa
     exact.sum().backward()
     torch.testing.assert_close(scores.log_probs.detach().double(), exact.detach(), rtol=1e-5, atol=1e-5)
     for got, wanted in ((hidden.grad, wide_hidden.grad), (head.weight.grad, wide_weight.grad)):
-        assert got is not None and wanted is not None
+        assert got is not None
+        assert wanted is not None
         rough = got.dtype == torch.bfloat16
         torch.testing.assert_close(got.double(), wanted, rtol=2**-7 if rough else 1e-5, atol=1e-2 if rough else 1e-5)
