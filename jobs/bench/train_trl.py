@@ -80,7 +80,7 @@ def trainer(task: Task, micro_batch: int, out: str) -> Any:
 
 
 class Counting:
-    """Counts tokens, and sums the losses of a step's forward passes, which the trainer has scaled to sum to its loss."""
+    """Counts tokens, and sums the losses of a step's forward passes, which add up to the step's loss."""
 
     seen = 0
     loss: Any = 0.0
