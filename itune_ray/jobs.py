@@ -57,7 +57,7 @@ JOBS = {
     "bench": JobType(
         "itune_ray.config.bench:BenchJob",
         "itune_ray.bench.run:run",
-        "measure the generate stage against bare vLLM",
+        "measure the generate stage against bare vLLM, or the training loop against TRL",
         result="bench.json",
     ),
     "pipeline": JobType(

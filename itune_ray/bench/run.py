@@ -1,4 +1,5 @@
-"""[Ray] The generate stage against bare vLLM: the best of some calls of `LLM.generate`, then the stage as in a job."""
+"""[Ray] A stage against its peer. Here the generate stage against bare vLLM: the best of some calls of `LLM.generate`,
+then the stage as in a job."""
 
 import asyncio
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from itune_ray import cluster
+from itune_ray.bench.train import run as run_train
 from itune_ray.config.bench import BenchJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.records import Record
@@ -27,9 +29,12 @@ def run(job: BenchJob, runs: RunStore, stage: str, engines: EngineHost, progress
 
     Raises:
         GenerationError: The bare engine failed, with its last line.
+        TrainError: A side of a train bench failed, with its last line.
     """
+    if job.train is not None:
+        return run_train(job, runs, stage, engines, progress)
     artifact = runs.artifact(stage, "bench", job, {"began": time.time()})
-    records = [record for source in job.stage.prompts for record in read_source(source).records]
+    records = [record for source in job.generation.prompts for record in read_source(source).records]
     progress.say(f"LLM.generate: {len(records)} prompts, {job.runs} times")
     bare = _bare(job)
     for number, one in enumerate(bare, start=1):
@@ -57,7 +62,7 @@ def _told(one: dict[str, float]) -> dict[str, float]:
 
 
 def _bare(job: BenchJob) -> list[dict[str, float]]:
-    given = {"stage": job.stage.model_dump(mode="json"), "runs": job.runs, "warm_up": job.warm_up}
+    given = {"stage": job.generation.model_dump(mode="json"), "runs": job.runs, "warm_up": job.warm_up}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "bench.json"
         file.write_text(json.dumps(given))
@@ -76,14 +81,14 @@ def _whole(
     """The stage, from reading its prompts to its finished tables, on an engine that runs already."""
     cluster.connect(job.run.ray, progress.say)
     pool = engines.pool(job.teacher)
-    llm = pool.client.llm(sampling_of(job.stage.sampling), job.seed, "warm-up")
+    llm = pool.client.llm(sampling_of(job.generation.sampling), job.seed, "warm-up")
 
     async def warm_up() -> None:
         await asyncio.gather(*(llm.generate(record.prompt, key=record.key) for record in records[: job.warm_up]))
 
     asyncio.run(warm_up())
     began = time.perf_counter()
-    made = generate(job.stage, RunStore(artifact.path(), "stage"), "generate", engines, progress)
+    made = generate(job.generation, RunStore(artifact.path(), "stage"), "generate", engines, progress)
     seconds = time.perf_counter() - began
     tokens: Any = made.manifest["tokens"]["generated"]
     return {"seconds": seconds, "tokens": tokens}

@@ -6,7 +6,8 @@ Shapes: B rows, T tokens of the longest row. Three ways to isolate documents, on
   it may take its fastest causal kernel). transformers would derive one from `position_ids`, but only without a 2-D
   mask and without a KV cache, and `use_cache` is on by default: the explicit mask is immune to that trap (measured: a
   logit error of 2.6 against 1e-6).
-- `flash_attention_2` gets one flat row and the documents' cumulative lengths, so no padding and no mask.
+- `flash_attention_2`, and on a CPU attention by document, get one flat row and the documents' cumulative lengths, so no
+  padding and no mask.
 - Sliding-window layers need their own window in the mask, so for such models transformers builds it from
   `position_ids`; `use_cache=False` is passed always.
 """

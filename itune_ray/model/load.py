@@ -22,6 +22,7 @@ from itune_ray.config.train import InitConfig
 from itune_ray.data.batches import Masking
 from itune_ray.data.hub import local_model_folder
 from itune_ray.errors import ModelError
+from itune_ray.model.documents import BY_DOCUMENT
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
@@ -51,7 +52,7 @@ def choose_attention(wanted: Literal["auto", "eager", "sdpa", "flash_attention_2
 def masking_for(model: Any) -> Masking:
     """How packed documents are kept apart in this model (see `data.batches`)."""
     config = model.config.get_text_config()
-    if config._attn_implementation == "flash_attention_2":
+    if config._attn_implementation in ("flash_attention_2", BY_DOCUMENT):
         return "varlen"
     layers = getattr(config, "layer_types", None) or ()
     windowed = getattr(config, "sliding_window", None) is not None or "sliding_attention" in layers

@@ -15,7 +15,7 @@ and, for distillation, at K given tokens and for all others together:
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itune_ray.errors import ModelError
+from itune_ray.model.cpu import wide
 from itune_ray.model.router import RouterLoad, router_load
 
 CHUNK_ELEMENTS = 2**24
@@ -31,6 +32,9 @@ CHUNK_ELEMENTS = 2**24
 CUDA_CHUNK_ELEMENTS = 2**27
 """The same on a GPU, 512 MiB: every chunk adds to the head's whole gradient in fp32, 1 GiB read and written at
 V = 128,256; with small ones that is most of the time (170 ms for 8,192 tokens on an H100 against 34 ms dense)."""
+
+WIDENED_ELEMENTS = 2**22
+"""Of a bf16 head that are widened to fp32 at a time: 16 MiB."""
 
 
 class TokenScores(NamedTuple):
@@ -154,59 +158,109 @@ def _others(scores: Tensor, ids: Tensor) -> Tensor:
 
 class _ChunkedScores(torch.autograd.Function):
     """The formulas of the module docstring, chunk by chunk; grad_W accumulates in fp32 (rounding every chunk's product
-    to bf16 biases training)."""
+    to bf16 biases training). Where one chunk holds all, its probabilities are kept for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform, ids: Tensor | None
     ) -> Any:
-        cast = weight.to(hidden.dtype)
+        head = _Head(hidden, weight)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
         at = None if ids is None else log_probs.new_empty(ids.shape)
         tail = None if ids is None else torch.empty_like(log_probs)
-        for rows in _chunks(hidden, weight.shape[0]):
-            z = transform((hidden[rows] @ cast.T).float())
+        chunks, kept = _chunks(hidden, weight.shape[0]), None
+        for rows in chunks:
+            z = transform(head.logits(hidden[rows]))
             lse[rows] = z.logsumexp(-1)
             log_probs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
             if ids is not None and at is not None and tail is not None:
                 at[rows] = z.gather(-1, ids[rows]) - lse[rows, None]
                 tail[rows] = _others(z, ids[rows]).logsumexp(-1) - lse[rows]
             p = (z - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - (p.mul_(z)).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids, tail)
+            kept = p if len(chunks) == 1 and transform == IDENTITY else None
+            entropy[rows] = lse[rows] - z.mul_(p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids, tail, kept)
         ctx.transform = transform
         ctx.set_materialize_grads(False)
         return log_probs, entropy, at, tail
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_log_probs, grad_entropy, grad_at, grad_tail = grads
-        hidden, weight, targets, lse, entropy, ids, tail = ctx.saved_tensors
-        cast = weight.to(hidden.dtype)
+        hidden, weight, targets, *_, kept = ctx.saved_tensors
+        head = _Head(hidden, weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        others = any(grad is not None for grad in grads[1:])
         for rows in _chunks(hidden, weight.shape[0]):
-            z = ctx.transform((hidden[rows] @ cast.T).float())
-            log_p = z - lse[rows, None]
-            p = log_p.exp()
-            grad = torch.zeros_like(z) if grad_log_probs is None else p * -grad_log_probs[rows, None]
-            if grad_log_probs is not None:
-                grad.scatter_add_(-1, targets[rows, None], grad_log_probs[rows, None])
-            if grad_entropy is not None:
-                grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
-            if grad_at is not None:
-                grad -= p * grad_at[rows].sum(-1, keepdim=True)
-                grad.scatter_add_(-1, ids[rows], grad_at[rows])
-            if grad_tail is not None:
-                share = (_others(log_p, ids[rows]) - tail[rows, None]).exp().nan_to_num(0.0)  # no others: none
-                grad += grad_tail[rows, None] * (share - p)
-            grad = ctx.transform.backward(grad, z).to(hidden.dtype)
+            if kept is not None and grads[0] is not None and not others:
+                grad = _target_gradient(kept, targets, grads[0])
+            else:
+                grad = _logit_gradient(ctx, head.logits(hidden[rows]), rows, grads)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ cast
+                grad_hidden[rows] = head.hidden_gradient(grad)
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
+                head.add_weight_gradient(grad_weight, grad, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _target_gradient(p: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Σ grad_n d log p_n / dz [N, V] from the probabilities."""
+    return (p * -grad[:, None]).scatter_add_(-1, targets[:, None], grad[:, None])
+
+
+def _logit_gradient(ctx: Any, raw: Tensor, rows: slice, grads: Sequence[Tensor | None]) -> Tensor:
+    """Gradient at h Wᵀ of a chunk, from those of all scores."""
+    grad_log_probs, grad_entropy, grad_at, grad_tail = grads
+    _, _, targets, lse, entropy, ids, tail, _ = ctx.saved_tensors
+    z = ctx.transform(raw)
+    log_p = z - lse[rows, None]
+    p = log_p.exp()
+    grad = torch.zeros_like(z) if grad_log_probs is None else _target_gradient(p, targets[rows], grad_log_probs[rows])
+    if grad_entropy is not None:
+        grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
+    if grad_at is not None:
+        grad -= p * grad_at[rows].sum(-1, keepdim=True)
+        grad.scatter_add_(-1, ids[rows], grad_at[rows])
+    if grad_tail is not None:
+        share = (_others(log_p, ids[rows]) - tail[rows, None]).exp().nan_to_num(0.0)  # no others: none
+        grad += grad_tail[rows, None] * (share - p)
+    return ctx.transform.backward(grad, z)
+
+
+class _Head:
+    """The three products with W [V, H], in the hidden states' dtype, or by fp32 units where those are faster
+    (`itune_ray.model.cpu`): W is then used as it is, or widened some words at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self._wide = wide(hidden.device, hidden.dtype)
+        self._dtype = torch.float32 if self._wide else hidden.dtype
+        at_once = weight.dtype == self._dtype or not self._wide
+        self._weight = weight.to(self._dtype) if at_once else weight
+        num_words = weight.shape[0]
+        size = num_words if at_once else max(1, WIDENED_ELEMENTS // weight.shape[1])
+        self._words = [slice(start, min(start + size, num_words)) for start in range(0, num_words, size)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h Wᵀ [N, V] fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = [hidden.to(self._dtype) @ self._weight[words].to(self._dtype).T for words in self._words]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).float()
+
+    def hidden_gradient(self, grad: Tensor) -> Tensor:
+        """dh [N, H] from the gradient at h Wᵀ [N, V]."""
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.to(self._dtype)
+            first, *rest = (grad[:, words] @ self._weight[words].to(self._dtype) for words in self._words)
+            return sum(rest, first)
+
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+        """Add dW to its fp32 sum."""
+        with torch.autocast(grad.device.type, enabled=False):
+            if self._wide:
+                total.addmm_(grad.T, hidden.float())
+            else:
+                total += grad.to(self._dtype).T @ hidden
 
 
 def _chunks(hidden: Tensor, num_words: int) -> list[slice]:

@@ -19,6 +19,8 @@ from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
+from itune_ray.model.cpu import install_wide_products
+from itune_ray.model.documents import install_document_attention
 from itune_ray.model.images import check_positions, choose_trained
 from itune_ray.model.load import (
     can_pack,
@@ -112,7 +114,11 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             allowed="full or lora",
             knob="model.peft.type",
         )
+    if masking == "mask_4d_if_packed" and world.device.type == "cpu" and not isinstance(job.model.peft, PROMPTS):
+        install_document_attention(model)
+        masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
+    install_wide_products(adapted)
     if job.images is not None:
         check_positions(model)
         if job.model.peft.type == "full":

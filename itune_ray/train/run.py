@@ -4,6 +4,7 @@ Tokenising and packing finish before the trainer starts (`train.workers`), so th
 process group. Torch and transformers are imported inside functions, where they are needed.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os

@@ -34,7 +34,7 @@ def theirs(job: BenchJob, out: str) -> int:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    stage = job.stage
+    stage = job.generation
     engine, model = job.teacher.engine, job.teacher.model
     assert isinstance(engine, VllmEngineConfig)
     folder = resolve(model.path).path
@@ -88,7 +88,7 @@ def ours(job: BenchJob, out: str) -> int:
     from itune_ray.observe.progress import Progress
     from itune_ray.pipeline.run import run
 
-    settings = job.stage.model_copy(update={"run": job.run.model_copy(update={"output": out})})
+    settings = job.generation.model_copy(update={"run": job.run.model_copy(update={"output": out})})
     store = run("generate", settings, Progress(quiet=True))
     return store.opened[-1].manifest["tokens"]["generated"]
 

@@ -135,3 +135,26 @@ def test_families_that_scale_or_cap_their_logits(family):
         install_fused_head(model)
         scores = model(ids, labels=ids, token_scores=True, use_cache=False)
     torch.testing.assert_close(scores.log_probs, log_p.flatten(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bf16_by_fp32_units_some_words_at_a_time(weights, small_chunks, monkeypatch):
+    """A bf16 head is widened in parts, an fp32 one is used as it is; neither is rounded."""
+    monkeypatch.setattr("itune_ray.model.cpu._has_bf16_units", lambda: False)
+    monkeypatch.setattr("itune_ray.model.logprobs.WIDENED_ELEMENTS", 7 * 16)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False).to(weights)
+    hidden = torch.randn(23, 16).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50, (23,))
+    scores = score_tokens(hidden, targets, head)
+    scores.log_probs.sum().backward()
+    wide_hidden = hidden.detach().double().requires_grad_()
+    wide_weight = head.weight.detach().double().requires_grad_()
+    exact = (wide_hidden @ wide_weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    exact.sum().backward()
+    torch.testing.assert_close(scores.log_probs.detach().double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    for got, wanted in ((hidden.grad, wide_hidden.grad), (head.weight.grad, wide_weight.grad)):
+        assert got is not None
+        assert wanted is not None
+        rough = got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), wanted, rtol=2**-7 if rough else 1e-5, atol=1e-2 if rough else 1e-5)

@@ -1,0 +1,138 @@
+"""Attention by document and bf16 products by fp32 units: the same numbers as the masked row and as autocast."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from itune_ray.data.batches import collate, model_inputs
+from itune_ray.data.order import PackedRow
+from itune_ray.errors import ModelError
+from itune_ray.model import cpu
+from itune_ray.model.cpu import install_wide_products
+from itune_ray.model.documents import BY_DOCUMENT, install_document_attention
+from itune_ray.model.load import load_model, masking_for
+from itune_ray.model.logprobs import install_fused_head
+
+LENGTHS = (5, 1, 17, 2, 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny.llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(params=[True, False], ids=["wide", "bf16 units"])
+def wide(request, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: not request.param)
+    return request.param
+
+
+def rows(first=3):
+    rng = np.random.default_rng(0)
+    ids = [np.full(1, first), rng.integers(4, 300, sum(LENGTHS) - 1)]
+    flags = rng.random(sum(LENGTHS)) < 0.7
+    packed = np.array(LENGTHS, dtype=np.int32)
+    return PackedRow(np.concatenate(ids).astype(np.int32), flags, packed, tuple("abcde"))
+
+
+def masked_and_by_document(folder, bf16):
+    """(scores, gradients) of the same rows, two to a batch, through the mask and by document."""
+    found = []
+    for by_document in (False, True):
+        model = load_model(folder, dtype=torch.float32, attention="sdpa")
+        install_fused_head(model)
+        if by_document:
+            install_document_attention(model)
+            install_wide_products(model)
+        assert masking_for(model) == ("varlen" if by_document else "mask_4d_if_packed")
+        batch = collate([rows(), rows(7)], 0, flat=by_document)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            inputs = model_inputs(batch, masking_for(model), torch.bfloat16 if bf16 else torch.float32)
+            scores = model.train()(**inputs, labels=batch.labels, token_scores=True)
+            (scores.log_probs.sum() / len(scores.log_probs)).backward()
+        found.append((scores.log_probs.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    return found
+
+
+def test_by_document_equals_the_masked_row(folder):
+    (masked, masked_grads), (apart, apart_grads) = masked_and_by_document(folder, bf16=False)
+    torch.testing.assert_close(apart, masked, rtol=1e-5, atol=1e-5)
+    for name, grad in masked_grads.items():
+        torch.testing.assert_close(apart_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_bf16_by_fp32_units_is_nearer_to_fp32_than_autocast_is(folder, wide):
+    exact = masked_and_by_document(folder, bf16=False)[0]
+    autocast, ours = masked_and_by_document(folder, bf16=True)
+
+    def error(got):
+        grads = torch.cat([(got[1][n] - g).flatten() for n, g in exact[1].items()])
+        return float((got[0] - exact[0]).norm()), float(grads.norm())
+
+    for got, bar in zip(error(ours), error(autocast), strict=True):
+        assert got < (bar if wide else 1.5 * bar)
+
+
+def test_documents_do_not_see_each_other(folder):
+    model = load_model(folder, dtype=torch.float32, attention="sdpa")
+    install_document_attention(model)
+    with torch.no_grad():
+        first, other = (
+            model(**model_inputs(collate([rows(id_)], 0, flat=True), "varlen", torch.float32)).logits for id_ in (3, 9)
+        )
+    assert not torch.equal(first[:, :5], other[:, :5])
+    assert torch.equal(first[:, 5:], other[:, 5:])
+
+
+def test_a_call_without_lengths_is_refused(folder):
+    model = load_model(folder, dtype=torch.float32, attention="sdpa")
+    install_document_attention(model)
+    with pytest.raises(ModelError, match="documents' lengths"):
+        model(torch.ones(1, 4, dtype=torch.long))
+
+
+def test_the_saved_config_does_not_name_it(folder, tmp_path):
+    model = load_model(folder, dtype=torch.float32, attention="sdpa")
+    install_document_attention(model)
+    model.save_pretrained(tmp_path)
+    assert BY_DOCUMENT not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wide_product_rounds_its_sums_once(weights, bias, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: False)
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 24, bias=bias).to(weights)
+    install_wide_products(linear)
+    hidden = torch.randn(2, 9, 48).bfloat16().float().requires_grad_()
+    grad = torch.randn(2, 9, 24).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear(hidden)
+    out.backward(grad)
+    exact = hidden.detach().double() @ linear.weight.detach().double().T
+    if linear.bias is not None:
+        exact = exact.bfloat16().double() + linear.bias.detach().bfloat16().double()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.detach().double(), exact, rtol=2**-8, atol=1e-3)
+    wanted = grad.double().flatten(0, 1).T @ hidden.detach().double().flatten(0, 1)
+    assert linear.weight.grad is not None
+    rtol, atol = (1e-5, 1e-5) if weights == torch.float32 else (2**-8, 1e-3)
+    torch.testing.assert_close(linear.weight.grad.double(), wanted, rtol=rtol, atol=atol)
+
+
+def test_fp32_and_machines_with_bf16_units_keep_torchs_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu._WideProduct, "apply", lambda *args: calls.append(args))
+    linear = nn.Linear(4, 4)
+    install_wide_products(linear)
+    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: False)
+    linear(torch.ones(1, 4))
+    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.ones(1, 4))
+    assert not calls
