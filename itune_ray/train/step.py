@@ -78,7 +78,7 @@ class Stepper:
                 if self.router_weight:
                     router = router_share(scores, moved)
                     total = total + self.router_weight * router * self.strategy.gradient_divisor
-                    sums[ROUTER_LOSS] += float(router.detach())
+                    parts[ROUTER_LOSS].append(router.detach())
                 if last and self.penalty is not None:  # every rank adds the same, so their mean needs no factor
                     penalty = self.penalty()
                     total = total + penalty
