@@ -50,6 +50,7 @@ class PreferenceLabel(Chain):
     """
 
     name = "preference_label"
+    version = 2
     requires = ("messages", "rejected")
     provides = ("messages", "rejected", "num_prompt_tokens", "num_tokens")
 
