@@ -21,8 +21,9 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source, told_apart
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import no_llm, sampling_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
+from itune_ray.engine.pool import Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
 from itune_ray.generate.drive import Stream, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
