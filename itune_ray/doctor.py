@@ -132,7 +132,7 @@ def _vllm(model: str) -> str:
     import torch
 
     from itune_ray.engine.base import Request, Sampling
-    from itune_ray.engine.pool import EngineHost
+    from itune_ray.engine.host import EngineHost
 
     gpus = 1.0 if torch.cuda.is_available() else 0.0
     served = ServedModel(model=ModelRef(path=model), engine=VllmEngineConfig(), pool=PoolConfig(gpus_each=gpus))

@@ -17,8 +17,8 @@ from itune_ray.config.bench import BenchJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import GenerationError
 from itune_ray.generate.run import run as generate
 from itune_ray.observe.progress import Progress

@@ -16,7 +16,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import CompressError, ITuneError
 from itune_ray.observe.progress import Progress
 

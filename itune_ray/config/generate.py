@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
-from itune_ray.config.recipes import PreferenceLabelConfig, RecipeConfig, RespondConfig, TeacherTopkConfig
+from itune_ray.config.recipes import RecipeConfig, RespondConfig, TeacherTopkConfig
 from itune_ray.config.roles import Holder, Role
 from itune_ray.config.shared import Job, Positive, SamplingConfig, ServedModel, Source, VllmEngineConfig
 
@@ -57,15 +57,11 @@ class GenerateJob(Job):
 
     @model_validator(mode="after")
     def _enough_logprobs(self) -> "GenerateJob":
-        recipe, engine = self.recipe, self.teacher and self.teacher.engine
-        if isinstance(recipe, TeacherTopkConfig):
-            knob, asked = "k", recipe.k
-        elif isinstance(recipe, PreferenceLabelConfig):
-            knob, asked = "logprobs", recipe.logprobs
-        else:
-            return self
-        if isinstance(engine, VllmEngineConfig) and asked > engine.max_logprobs:
-            raise ValueError(
-                f"recipe.{knob} {asked} is more than the engine gives: set teacher.engine.max_logprobs={asked}"
-            )
+        engine = self.teacher and self.teacher.engine
+        if isinstance(self.recipe, TeacherTopkConfig) and isinstance(engine, VllmEngineConfig):
+            asked = self.recipe.k
+            if asked > engine.max_logprobs:
+                raise ValueError(
+                    f"recipe.k {asked} is more than the engine gives: set teacher.engine.max_logprobs={asked}"
+                )
         return self

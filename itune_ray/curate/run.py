@@ -41,8 +41,8 @@ from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.mixture import unite
 from itune_ray.data.records import ROWS_AT_ONCE, UNSAFE, rows_of
 from itune_ray.data.sources import read_source
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost
 from itune_ray.errors import DataError, ITuneError
 from itune_ray.observe.progress import Progress
 

@@ -12,7 +12,8 @@ from itune_ray.cluster import connect
 from itune_ray.config.evaluate import EvaluatedModel, EvaluateJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import Committer, Funnel, Ledger, funnel_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
+from itune_ray.engine.host import EngineHost
+from itune_ray.engine.pool import Pool, pool_key, scaled
 from itune_ray.errors import EvalError
 from itune_ray.evaluate.actor import SHARD, AskerArguments, EvalActors
 from itune_ray.evaluate.answers import answers_table, check_answered, is_settled, outcome_of

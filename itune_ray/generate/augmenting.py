@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from itune_ray.generate.novelty import nearest, tokens_of
+from itune_ray.generate.stop_words import STOP_WORDS
 from itune_ray.generate.synonyms import SYNONYMS
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -16,13 +17,6 @@ NEGATIONS = frozenset(
     _WORD.findall(
         "not no never none nothing nobody neither nor without cannot except unless hardly can't don't doesn't didn't "
         "won't isn't aren't wasn't weren't shouldn't mustn't couldn't wouldn't hasn't haven't hadn't"
-    )
-)
-_STOP_WORDS = frozenset(
-    _WORD.findall(
-        "a an and are as at be but by can do does for from has have he her his how i if in into is it its me my of on "
-        "or our she should so than that the their them then there these they this those to us was we were what when "
-        "where which who why will with would you your"
     )
 )
 _NUMBER_WORDS: Mapping[str, str] = {
@@ -133,7 +127,7 @@ def delete(pieces: Pieces, share: float, rng: random.Random) -> Pieces:
 def mask(pieces: Pieces, share: float, rng: random.Random, text: str | None = "___") -> Pieces:
     """Each word that is no stop word is hidden with probability `share`: by a text, or dropped for None."""
     words = pieces.words
-    hidden = {i for i, word in enumerate(words) if word.lower() not in _STOP_WORDS and rng.random() < share}
+    hidden = {i for i, word in enumerate(words) if word.lower() not in STOP_WORDS and rng.random() < share}
     if hidden and len(hidden) == len(words):
         hidden.discard(rng.randrange(len(words)))
     if text is None:
@@ -208,7 +202,7 @@ def _without(pieces: Pieces, kept: Sequence[int]) -> Pieces:
 
 
 def _synonyms(word: str) -> tuple[str, ...]:
-    return () if word.lower() in _STOP_WORDS else SYNONYMS.get(word.lower(), ())
+    return () if word.lower() in STOP_WORDS else SYNONYMS.get(word.lower(), ())
 
 
 def _cased(word: str, like: str) -> str:

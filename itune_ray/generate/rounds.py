@@ -8,7 +8,7 @@ shows what this one accepted. Accepted instructions that brought no answer are a
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +19,14 @@ from itune_ray.data.ledger import Ledger, Outcome
 from itune_ray.data.records import Record, row_rng
 from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
-from itune_ray.generate.drive import Stream, Tally, check_conserved, drive
+from itune_ray.generate.drive import Tally, check_conserved, drive
 from itune_ray.generate.novelty import Tokens, nearest, tokens_of
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe
 from itune_ray.generate.recipes.propose import Proposer
 from itune_ray.generate.recipes.respond import Respond
+from itune_ray.generate.whole import StreamOf
 from itune_ray.observe.progress import Progress
-
-StreamOf = Callable[[Recipe, SamplingConfig, Ledger], Stream]
-"""How a recipe runs over inputs whose outcomes go into a ledger."""
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,28 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from itune_ray import cluster, room
 from itune_ray.config.generate import GenerateJob
-from itune_ray.config.shared import FakeEngineConfig, SamplingConfig, ServedModel
+from itune_ray.config.shared import SamplingConfig, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.ledger import LEDGER_SCHEMA, Funnel, Ledger, Outcome, publish_table
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source, told_apart
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import no_llm, sampling_of
-from itune_ray.engine.pool import EngineHost, Pool, pool_key, scaled
+from itune_ray.engine.pool import Pool, pool_key, scaled
 from itune_ray.errors import GenerationError, ITuneError
-from itune_ray.generate.drive import Stream, Tally, check_conserved, check_keys, drive, quarantine
+from itune_ray.generate.drive import Stream, check_conserved, check_keys, drive, quarantine
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe, facts_of, recipe_identity
-from itune_ray.generate.recipes.mosaic import Mosaic
-from itune_ray.generate.recipes.propose import Proposer
-from itune_ray.generate.rounds import SelfInstruct
+from itune_ray.generate.whole import Inputs, WholeRecipe
 from itune_ray.generate.worker import RecipeWorker, Settled, unpack
 from itune_ray.observe.progress import Progress
 
@@ -56,11 +55,8 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
         return artifact
     records, quarantined = _read(job, progress)
     feed = _Feed(job, engines, progress)
-    if isinstance(recipe, Proposer):
-        _run_rounds(job, artifact, records, quarantined, feed, progress)
-        return artifact
-    if isinstance(recipe, Mosaic):
-        _run_mosaic(job, artifact, recipe, records, quarantined, feed)
+    if isinstance(recipe, WholeRecipe):
+        _make_all(job, artifact, recipe, records, quarantined, feed, progress)
         return artifact
     ledger = Ledger(artifact.folder / "ledger")
     quarantine(ledger, quarantined, job.max_attempts)
@@ -75,46 +71,23 @@ def run(job: GenerateJob, runs: RunStore, stage: str, engines: EngineHost, progr
         )
     check_conserved(ledger, len(records), len(quarantined), recipe.rows_per_input)
     table = ledger.table()
-    _finish(job, artifact, table, tally, feed, **facts_of(recipe, table))
+    _finish(job, artifact, table, tally.inputs, feed, **facts_of(recipe, table))
     return artifact
 
 
-def _run_rounds(
+def _make_all(
     job: GenerateJob,
     artifact: Artifact,
-    seeds: Sequence[Record],
+    recipe: WholeRecipe,
+    records: Sequence[Record],
     quarantined: Sequence[Outcome],
     feed: "_Feed",
     progress: Progress,
 ) -> None:
-    loop = SelfInstruct(job, seeds, artifact.folder / "ledger", feed.stream_of, progress)
-    rows = [outcome.to_row() for outcome in [*quarantined, *loop.run()]]
-    _finish(job, artifact, pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), loop.tally, feed, rounds=loop.facts())
-
-
-def _run_mosaic(
-    job: GenerateJob,
-    artifact: Artifact,
-    recipe: Mosaic,
-    records: Sequence[Record],
-    quarantined: Sequence[Outcome],
-    feed: "_Feed",
-) -> None:
-    """All rows at once, on the driver: a pure function of them, so nothing is committed on the way."""
-    outcomes = [*quarantined, *recipe.across(records, job.seed, _token_counter(job.teacher))]
-    table = pa.Table.from_pylist([outcome.to_row() for outcome in outcomes], schema=LEDGER_SCHEMA)
-    _finish(job, artifact, table.sort_by("key"), Tally(inputs=len(records)), feed)
-
-
-def _token_counter(teacher: ServedModel | None) -> Callable[[str], int]:
-    """Tokens of a text by the teacher's tokenizer, begin and end tokens among them; the fake engine's are words."""
-    assert teacher is not None
-    if isinstance(teacher.engine, FakeEngineConfig):
-        return lambda text: len(text.split())
-    from itune_ray.model.render import model_renderer  # loads torch
-
-    renderer = model_renderer(teacher.model)
-    return lambda text: len(renderer.text_ids(text).input_ids)
+    made = recipe.make_all(Inputs(job, records, artifact.folder / "ledger", feed.stream_of, progress))
+    rows = [outcome.to_row() for outcome in (*quarantined, *made.outcomes)]
+    table = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA).sort_by("key")
+    _finish(job, artifact, table, made.driven, feed, **made.facts)
 
 
 def _read(job: GenerateJob, progress: Progress) -> tuple[list[Record], list[Outcome]]:
@@ -286,7 +259,7 @@ def _check_made_enough(job: GenerateJob, funnel: Funnel, table: pa.Table) -> Non
     )
 
 
-def _finish(job: GenerateJob, artifact: Artifact, table: pa.Table, tally: Tally, feed: _Feed, **facts: Any) -> None:
+def _finish(job: GenerateJob, artifact: Artifact, table: pa.Table, driven: int, feed: _Feed, **facts: Any) -> None:
     funnel = publish_table(table, artifact.folder)
     _check_made_enough(job, funnel, table)
     tokens = table.select(["input_key", "num_prompt_tokens", "num_tokens"]).to_pylist()
@@ -298,6 +271,6 @@ def _finish(job: GenerateJob, artifact: Artifact, table: pa.Table, tally: Tally,
         tokens={"prompt": sum(prompts.values()), "generated": sum(row["num_tokens"] or 0 for row in tokens)},
         requests=feed.requests,
         engine_starts=feed.engine_starts,
-        driven=tally.inputs,
+        driven=driven,
         **facts,
     )

@@ -9,7 +9,7 @@ from itune_ray.config.roles import Holder, placed
 from itune_ray.config.shared import Job, RunSettings, ServedModel
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.lock import RunLock
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.timeshare import check_shares
 from itune_ray.jobs import job_type, resolve
 from itune_ray.observe import metrics

@@ -7,7 +7,8 @@ from ray import tune
 
 from itune_ray.config.sweep import SweepJob
 from itune_ray.config.train import TrainWorkers
-from itune_ray.engine.pool import EngineHost, resources_of
+from itune_ray.engine.host import EngineHost
+from itune_ray.engine.pool import resources_of
 from itune_ray.observe.progress import Progress
 from itune_ray.sweep.shapes import Shapes
 

@@ -19,7 +19,7 @@ from itune_ray.compress.run import version as compress_version
 from itune_ray.config.axes import told
 from itune_ray.config.sweep import Point, SweepJob
 from itune_ray.data.artifact import Artifact, RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, ITuneError, TrainError, did_you_mean
 from itune_ray.evaluate.score import score_names
 from itune_ray.observe import metrics

@@ -22,7 +22,8 @@ from itune_ray.config.sweep import Point, SweepJob
 from itune_ray.data.artifact import RunStore
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.records import Record
-from itune_ray.engine.pool import EngineHost, Pool, pool_key
+from itune_ray.engine.host import EngineHost
+from itune_ray.engine.pool import Pool, pool_key
 from itune_ray.errors import CompressError
 from itune_ray.observe.progress import Progress
 

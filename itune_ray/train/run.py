@@ -20,7 +20,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.data.ledger import Funnel, Outcome
 from itune_ray.data.records import Record, records_table
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.observe import metrics
 from itune_ray.observe.progress import Progress, Task
 from itune_ray.train.board import OnProgress

@@ -17,7 +17,7 @@ from pathlib import Path
 from itune_ray import cluster
 from itune_ray.config.generate import GenerateJob
 from itune_ray.data.artifact import RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.generate.run import run
 from itune_ray.observe import metrics
 from itune_ray.observe.names import Metric

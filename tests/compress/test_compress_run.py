@@ -13,7 +13,7 @@ from itune_ray.config.compress import CompressJob
 from itune_ray.config.shared import ServedModel
 from itune_ray.data.artifact import RunStore
 from itune_ray.engine.base import Request, Sampling
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import CompressError
 from itune_ray.observe.progress import Progress
 

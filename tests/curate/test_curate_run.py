@@ -18,7 +18,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Completion, Sample
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, DataError, GenerationError
 from itune_ray.observe.progress import Progress
 

@@ -21,7 +21,7 @@ from itune_ray.curate.verdicts import VERDICT_SCHEMA, Link, judge_block
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.dedup import slices
 from itune_ray.data.records import Record, records_table
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.observe.progress import Progress
 
 LEAKED = "how many legs do twelve hens and three goats have when they stand in one yard together"

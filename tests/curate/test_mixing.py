@@ -9,7 +9,7 @@ from itune_ray.config.base import validate
 from itune_ray.config.curate import CurateJob
 from itune_ray.curate import run as stage
 from itune_ray.data.artifact import Artifact, RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, DataError
 from itune_ray.observe.progress import Progress
 

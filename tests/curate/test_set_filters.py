@@ -24,7 +24,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.pacing import admitted, competence, percentile_ranks, stage_of
 from itune_ray.data.records import Record, records_table
 from itune_ray.engine.base import Completion, Sample
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, DataError
 from itune_ray.observe.progress import Progress
 from tests.curate.sets import circle, made, reached, reasons, row, stays

@@ -17,7 +17,7 @@ from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.export import export
 from itune_ray.data.records import Message, Record
 from itune_ray.data.sources import read_source
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import DataError, StorageError
 from itune_ray.observe.progress import Progress
 

@@ -10,7 +10,8 @@ import pytest
 
 from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
 from itune_ray.engine.base import Request, Sampling
-from itune_ray.engine.pool import EngineHost, pool_key, resources_of
+from itune_ray.engine.host import EngineHost
+from itune_ray.engine.pool import pool_key, resources_of
 from itune_ray.errors import ClusterError, ConfigError, GenerationError, ModelError
 
 FAKE = ModelRef(path="any")

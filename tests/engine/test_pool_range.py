@@ -8,7 +8,7 @@ from test_pool import requests, served
 
 from itune_ray import room
 from itune_ray.config.shared import FakeEngineConfig, PoolConfig
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.nodes import NodeKind
 
 SLOT = {"slot": 1}

@@ -6,7 +6,7 @@ import pytest
 from test_pool import served
 
 from itune_ray.config.pipeline import PipelineJob
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.timeshare import check_counts, check_shares
 from itune_ray.errors import ConfigError
 from itune_ray.observe.progress import Progress

@@ -13,7 +13,7 @@ import pytest
 from itune_ray.config.base import validate
 from itune_ray.config.evaluate import EvaluateJob
 from itune_ray.data.artifact import RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ClusterError, EvalError
 from itune_ray.evaluate import run as stage
 from itune_ray.evaluate.actor import SHARD, EvalActors

@@ -9,7 +9,7 @@ from pathlib import Path
 from itune_ray.config.generate import GenerateJob
 from itune_ray.data.artifact import RunStore
 from itune_ray.data.ledger import Outcome
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.generate.recipes.respond import Respond
 from itune_ray.generate.run import run
 from itune_ray.observe.progress import Progress

@@ -15,7 +15,7 @@ import pytest
 from drivers import generate
 
 from itune_ray.config.generate import GenerateJob
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ClusterError, GenerationError
 
 pytestmark = pytest.mark.real

@@ -295,7 +295,7 @@ def test_the_stage_starts_no_engine(tmp_path):
     from drivers import generate
 
     from itune_ray.config.generate import GenerateJob
-    from itune_ray.engine.pool import EngineHost
+    from itune_ray.engine.host import EngineHost
 
     host = EngineHost()
     job = GenerateJob.model_validate(

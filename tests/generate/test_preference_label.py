@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from scripted import Scripted, answered, last_turn, llm, prompt
 from testdata import public_data
 
-from itune_ray.config.generate import GenerateJob
 from itune_ray.config.recipes import PreferenceLabelConfig
 from itune_ray.config.shared import ModelRef
-from itune_ray.engine.base import Completion
+from itune_ray.engine.base import Completion, Sample
 from itune_ray.errors import ConfigError
 from itune_ray.generate.recipes import preference_label
 from itune_ray.generate.recipes.preference_label import (
@@ -42,35 +41,30 @@ def shown_first(turn: str) -> str:
 class Labeler(Scripted):
     """Gives each option a log-probability by what is shown first; replies to all else with reasons.
 
-    `listed`: the tokens among the likeliest; `scored`: whether prompts can be scored.
+    `known`: the tokens whose log-probability it gives.
     """
 
-    def __init__(self, log_probs, listed=(A, B), scored=True):
+    def __init__(self, log_probs, known=(A, B)):
         super().__init__(lambda turn, index: "The first is longer.")
-        self._log_probs, self._listed, self._scored = log_probs, listed, scored
+        self._log_probs, self._known = log_probs, known
+
+    @property
+    def texts(self):
+        """Prompts so far, as text."""
+        return [TOKENIZER.decode(list(request.token_ids)) for request in self.asked if request.token_ids]
 
     def _complete(self, request):
-        if request.token_ids is not None:
-            return self._score(request)
-        done = super()._complete(request)
-        if request.sampling.logprobs is None or done.error:
-            return done
-        opening = request.messages[0]["content"]
-        entry = dict(zip((A, B), self._log_probs(shown_first(opening)), strict=True))
-        entry = {token: value for token, value in entry.items() if token in self._listed}
-        (sample,) = done.samples
-        return dataclasses.replace(done, samples=(dataclasses.replace(sample, logprobs=({**entry, 3: -9.0},)),))
-
-    def _score(self, request):
+        if request.token_ids is None:
+            return super()._complete(request)
         self.asked.append(request)
-        *prompt_ids, option = request.token_ids
-        log_probs = self._log_probs(shown_first(TOKENIZER.decode(prompt_ids)))
-        entry = {option: dict(zip((A, B), log_probs, strict=True))[option]} if self._scored else {}
-        return Completion(
-            id=request.id,
-            prompt_token_ids=request.token_ids,
-            prompt_logprobs=(None, *[{}] * (len(prompt_ids) - 1), entry),
-        )
+        if isinstance(reply := self._script("", 0), Exception):
+            return Completion(id=request.id, error=str(reply), retryable=True)
+        values = dict(zip((A, B), self._log_probs(shown_first(TOKENIZER.decode(list(request.token_ids)))), strict=True))
+        entry = {token: value for token, value in values.items() if token in self._known}
+        entries = (None, *[{}] * (len(request.token_ids) - 2), entry)
+        first = {token: entry[token] for token in request.sampling.logprob_token_ids if token in entry}
+        sample = Sample(text="A", token_ids=(A,), finish_reason="length", logprobs=({**first, 3: -9.0},))
+        return Completion(id=request.id, samples=(sample,), prompt_token_ids=request.token_ids, prompt_logprobs=entries)
 
 
 def truthful(first: str) -> tuple[float, float]:
@@ -186,13 +180,15 @@ def test_ties_are_what_is_nearer_to_a_half_than_allowed():
         PreferenceLabelConfig(reasons_first=True, tie=0.2)
 
 
-def test_both_orders_are_asked_for_one_token_with_its_log_probabilities():
+def test_both_orders_are_asked_for_exactly_the_options_tokens():
     engine = Labeler(truthful)
     labelled(engine=engine)
-    assert [shown_first(turn) for turn in engine.turns] == [GOOD, BAD]
-    assert engine.turns[0].split(GOOD)[0] == engine.turns[1].split(BAD)[0], "nothing but the order differs"
+    assert [shown_first(text) for text in engine.texts] == [GOOD, BAD]
+    assert engine.texts[0].split(GOOD)[0] == engine.texts[1].split(BAD)[0], "nothing but the order differs"
+    wanted = sorted({token for option in "AB" for token in option_ids(TOKENIZER, option)})
     for request in engine.asked:
-        assert (request.sampling.logprobs, request.sampling.max_tokens, request.sampling.temperature) == (20, 1, 0.0)
+        assert list(request.sampling.logprob_token_ids) == wanted
+        assert (request.sampling.max_tokens, request.sampling.temperature) == (1, 0.0)
 
 
 def test_reasons_come_first_greedily_and_the_label_is_clamped():
@@ -200,21 +196,17 @@ def test_reasons_come_first_greedily_and_the_label_is_clamped():
     outcome = labelled(engine=engine, reasons_first=True)
     assert facts(outcome)["p_chosen"] == 0.6
     reasons, choice, *_ = engine.asked
-    assert (reasons.sampling.temperature, reasons.sampling.max_tokens, reasons.sampling.logprobs) == (0.0, 512, None)
+    assert (reasons.sampling.temperature, reasons.sampling.max_tokens) == (0.0, 512)
+    assert not reasons.sampling.logprob_token_ids
     assert "A or B" not in last_turn(reasons)
-    assert [m["role"] for m in choice.messages] == ["user", "assistant", "user"]
-    assert choice.messages[1]["content"] == "The first is longer."
+    text = TOKENIZER.decode(list(choice.token_ids))
+    assert text.index(last_turn(reasons)[:40]) < text.index("The first is longer.") < text.index("A or B")
     assert len(engine.asked) == 4
     assert facts(labelled(reasons_first=True, clamp=0.8))["p_chosen"] == 0.8
 
 
-def test_an_option_that_is_not_listed_is_scored_with_its_rival():
-    engine = Labeler(truthful, listed=(A,))
-    outcome = labelled(engine=engine)
-    assert facts(outcome)["p_chosen"] == facts(labelled())["p_chosen"]
-    scored = [request.token_ids[-1] for request in engine.asked if request.token_ids]
-    assert scored == [A, B, A, B]
-    silent = labelled(engine=Labeler(truthful, listed=(), scored=False))
+def test_an_option_that_the_engine_says_nothing_of_has_no_label():
+    silent = labelled(engine=Labeler(truthful, known=(A,)))
     assert (silent.status, silent.reason) == ("rejected", "no_option")
 
 
@@ -275,10 +267,16 @@ def test_principles_of_the_user_are_asked(tmp_path):
     file.write_text('{"principles": [{"id": "short", "question": "Which is shorter?"}]}')
     engine = Labeler(truthful)
     assert facts(labelled(engine=engine, principles=str(file)))["principle"] == "short"
-    assert all("Which is shorter?" in turn for turn in engine.turns)
+    assert all("Which is shorter?" in text for text in engine.texts)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="wrong at principles: Field required"):
         PreferenceLabel(PreferenceLabelConfig(principles=str(file)))
+
+
+def test_a_row_that_cannot_be_rendered_is_rejected_with_the_reason():
+    token = TOKENIZER.all_special_tokens[0]
+    outcome = labelled(row=answered(f"What is {token}?", GOOD, rejected=BAD))
+    assert (outcome.status, outcome.reason) == ("rejected", "control_tokens")
 
 
 def test_a_failed_call_fails_the_row():
@@ -291,14 +289,3 @@ def test_a_failed_call_fails_the_row():
 def test_scores_that_do_not_exist_have_no_mean():
     with pytest.raises(ValueError, match="two or more scores"):
         direct_score([-math.inf, -math.inf])
-
-
-def test_more_log_probabilities_than_the_engine_gives_is_one_line():
-    tree = {
-        "name": "k",
-        "prompts": [{"type": "playground", "split": "chat", "rows": 1}],
-        "teacher": {"model": {"path": "playground://teacher"}},
-        "recipe": {"type": "preference_label", "logprobs": 50},
-    }
-    with pytest.raises(ValidationError, match=r"recipe.logprobs 50 is more than the engine gives"):
-        GenerateJob.model_validate(tree)

@@ -11,8 +11,8 @@ from drivers import generate
 from itune_ray.config.base import load_job
 from itune_ray.config.generate import GenerateJob
 from itune_ray.data.sources import read_source
+from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import sampling_of
-from itune_ray.engine.pool import EngineHost
 from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.worker import outcomes_of
 

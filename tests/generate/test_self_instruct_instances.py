@@ -121,3 +121,27 @@ def test_only_a_plain_yes_or_no_counts():
 
 def test_a_failed_call_fails_the_input():
     assert [(o.status, o.cause) for o in outcomes_of(OSError("gone"))] == [("failed", "gone")]
+
+
+def test_varied_surface_forms_are_drawn_per_instance_and_told():
+    reply = "\n".join(f"Example {i}\nInput: Number: {i}\nOutput: {i + 1}" for i in range(1, 41))
+    outcomes = outcomes_of(reply, instances=40, encoding="varied")
+    rows = [outcome.record for outcome in outcomes]
+    assert {outcome.status for outcome in outcomes} == {"accepted"}
+    assert {row.meta["surface"]["form"] for row in rows} == set(range(7))
+    assert {row.meta["surface"]["unlabelled"] for row in rows} == {True, False}
+    for number, row in enumerate(rows, start=1):
+        text = row.prompt[-1]["content"]
+        assert TASK in text
+        assert (f"Number: {number}" in text) != row.meta["surface"]["unlabelled"]
+        assert str(number) in text
+    assert [o.record for o in outcomes_of(reply, instances=40, encoding="varied")] == rows
+    assert all(not outcome.record.meta for outcome in outcomes_of(reply)), "plain rows say nothing of it"
+
+
+def test_instances_that_a_lost_label_makes_equal_are_one():
+    reply = "".join(f"Example {i}\nInput: {'Number: ' * (i % 2)}7\nOutput: 8\n" for i in range(1, 81))
+    outcomes = outcomes_of(reply, instances=80, encoding="varied")
+    made = [o.record.messages[-2]["content"] for o in outcomes if o.status == "accepted"]
+    assert len(set(made)) == len(made) >= 1
+    assert {o.reason for o in outcomes if o.status == "rejected"} == {"duplicate"}

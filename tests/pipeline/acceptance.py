@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny
 from models import words
 
 LEAKED = [
@@ -24,6 +25,7 @@ PROBES = {
     "token": 1,
     "garbage": 2,
     "poor": 3,
+    "brief": 2,
     "twice": 5,
     "near": 2,
 }
@@ -31,7 +33,8 @@ PROBES = {
 
 
 def write_inputs(folder: Path) -> None:
-    """Seeds, a labelled table, probes, a benchmark and pairs, each with its planted faults."""
+    """Seeds, a labelled table, probes, a benchmark and pairs, each with its planted faults; and a model that scores."""
+    tiny.llama(folder / "scorer", max_position_embeddings=2048)
     seeds: list[Any] = [
         {"instruction": f"Tell {words(7, 'seed', i)}.", "output": f"It is {words(9, 'told', i)}.", "ratings": [5, 4]}
         for i in range(50)
@@ -77,6 +80,11 @@ def pipeline(name: str, inputs: Path, url: str, workers: int) -> dict[str, Any]:
         "model": {"path": "scripted"},
         "engine": {"type": "http", "url": url, "api_key_env": None, "max_retries": 0},
         "pool": {"cpus_each": 0.25, "max_outstanding": 32},
+    }
+    scorer = {
+        "model": {"path": str(inputs / "scorer"), "dtype": "float32"},
+        "engine": {"type": "vllm", "kv_cache_gb": 0.1, "request_log": str(inputs / f"{name}-{workers}.requests")},
+        "pool": {"max_outstanding": 1},  # each sequence alone: then no batch moves the last bits of its loss
     }
     crew = {"num": workers, "cpus_each": 0.25, "rows_per_block": 40}
     made = {"job": "generate", "teacher": model, "workers": crew, "commit": {"rows": 64, "seconds": 1.0}}
@@ -126,6 +134,8 @@ def pipeline(name: str, inputs: Path, url: str, workers: int) -> dict[str, Any]:
                     {"type": "pii"},
                     {"type": "refusal"},
                     {"type": "judge", "judge": model},
+                    {"type": "ifd", "model": scorer, "definition": "perplexity_ratio", "high": None},
+                    {"type": "ifd", "model": scorer, "definition": "loss_ratio", "high": None},
                     {"type": "exact_dedup"},
                     {"type": "minhash_dedup"},
                     {"type": "decontaminate", "against": [file("bench.jsonl", format="fields")]},

@@ -23,6 +23,7 @@ ANSWERS = {
     "token": "It says <|im_start|> at the top of the second page of the printed book.",
     "garbage": "This answer makes judges talk without end about everything but scores.",
     "poor": "This answer is poor, and whoever reads it learns nothing at all from it.",
+    "brief": "Ok",
     "near": " ".join(f"step{i} follows" for i in range(40)),
     "twice": "The same words again, as before, about rivers and the towns beside them.",
 }

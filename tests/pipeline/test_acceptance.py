@@ -1,6 +1,7 @@
 """The acceptance pipeline of the data engine: the global invariants, and every planted fault under its reason."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from acceptance import PROBES, pipeline, write_inputs
 from models import Endpoint
 from pydantic import TypeAdapter
 from runs import table_hash
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itune_ray.config.base import validate
 from itune_ray.config.curate import AnyFilter
@@ -24,8 +27,12 @@ from itune_ray.config.pipeline import PipelineJob
 from itune_ray.config.shared import FileSource
 from itune_ray.curate.filters import load_filter
 from itune_ray.curate.filters.base import GroupFilter, RowFilter
+from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.dedup import TEXT_SCHEMA
+from itune_ray.data.ledger import Ledger
+from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
+from itune_ray.data.storage import Folder
 from itune_ray.observe.progress import Progress
 from itune_ray.pipeline.run import run
 
@@ -70,6 +77,13 @@ class Finished:
 
 
 STEPS = tuple(pipeline("x", Path(), "http://x", 1)["steps"])
+
+
+def scored_tokens(folder: Path) -> int:
+    """Tokens of the sequences that were scored for IFD, with the one token that each brings."""
+    (ledger,) = (folder / "ledger-ifd").iterdir()
+    rows = Ledger(Folder.at(ledger)).table().select(["num_prompt_tokens", "num_tokens"]).to_pylist()
+    return sum(row["num_prompt_tokens"] + row["num_tokens"] for row in rows)
 
 
 def kept(step: str, folder: Path) -> str:
@@ -129,9 +143,12 @@ def test_every_row_of_every_stage_is_accounted_for(done):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_bill_is_what_the_endpoint_counted(runs, workers):
-    """Of every call: proposals, rewrites and their checks, answers, and judges in filters and in a recipe."""
-    spent = json.loads((runs[workers].folder / "spent.json").read_text())["tokens"]
-    assert spent == runs[workers].spent > 0
+    """Of every call: proposals, rewrites and their checks, answers, judges in filters and in a recipe, and scoring."""
+    folder = runs[workers].folder
+    spent = json.loads((folder / "spent.json").read_text())["tokens"]
+    scored = scored_tokens(folder)
+    assert runs[workers].spent > scored > 0
+    assert spent == runs[workers].spent + scored
 
 
 def test_parents_are_rows_of_an_earlier_round(done):
@@ -214,6 +231,7 @@ def test_faults_of_answers_are_counted_by_the_filter_that_finds_them(done):
         "refusal": PROBES["refuse"],
         "no_score": PROBES["garbage"],
         "low_score": PROBES["poor"],
+        "short_answer": PROBES["brief"],
         "duplicate": PROBES["twice"] - 1,
         "near_duplicate": PROBES["near"] - 1,
         "contaminated": 3,
@@ -224,6 +242,38 @@ def test_faults_of_answers_are_counted_by_the_filter_that_finds_them(done):
     of = {row["duplicate_of"] for row in rejected.values() if row["reason"] == "contaminated"}
     assert of == {"bench:0:0", "bench:1:0", "bench:2:0"}
     assert {row["raw"] for row in rejected.values() if row["reason"] == "no_score"} == {"What a nice answer."}
+
+
+def test_difficulty_is_that_of_the_model_by_both_definitions(done):
+    """IFD by vLLM's prompt log-probabilities against a forward pass of transformers; each sequence scored once."""
+    rows = [row for row in done.rows("clean", "kept") if math.isfinite(row["score_ifd_1"])]
+    assert len(rows) == 150
+    for row in rows:
+        conditioned, direct = row["score_ifd_1_conditioned"], row["score_ifd_1_direct"]
+        assert row["score_ifd_1"] == pytest.approx(math.exp(conditioned - direct), abs=1e-12)
+        assert row["score_ifd_2"] == pytest.approx(conditioned / direct, abs=1e-12)
+    for row in rows[::30]:
+        assert (row["score_ifd_1_conditioned"], row["score_ifd_1_direct"]) == pytest.approx(losses(done, row), abs=1e-4)
+    first, second = (step for step in done.manifest("clean")["filters"] if step["filter"].startswith("ifd"))
+    assert first["ended"] == first["no_score"] + PROBES["brief"] == PROBES["brief"]
+    assert second["ended"] == 0
+    asked = (done.inputs / "data-4.requests").read_text().splitlines()
+    contents = first["rated"] - (PROBES["twice"] - 1)
+    assert len(asked) == len(set(asked)) == 2 * contents, "equal contents once, and the second filter asks nothing"
+
+
+def losses(done: Finished, row: dict[str, Any]) -> tuple[float, float]:
+    """s(A|Q) and s(A) of a row by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(done.inputs / "scorer").eval()
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(done.inputs / "scorer"))
+    tokens = renderer.answer_tokens(Record.from_row(row).messages)
+
+    def loss(context: list[int]) -> float:
+        labels = torch.tensor([[-100] * len(context) + tokens.answer])
+        with torch.no_grad():
+            return float(model(torch.tensor([context + tokens.answer]), labels=labels).loss)
+
+    return loss(tokens.prompt), loss(tokens.opening)
 
 
 def test_the_mixture_holds_the_shares_it_was_asked_for(done):

@@ -7,7 +7,7 @@ from sweeps import tree
 from itune_ray.config.base import to_yaml, validate
 from itune_ray.config.sweep import AshaConfig, SweepJob
 from itune_ray.data.artifact import RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import CompressError, ConfigError
 from itune_ray.observe.progress import Progress
 from itune_ray.sweep.run import run

@@ -75,6 +75,18 @@ def test_answers_are_stored_per_trial_and_rung(calm):
         assert len(list(csv.DictReader(file))) == 4
 
 
+def test_the_bill_holds_the_tokens_of_training_and_of_scoring(calm):
+    spent = json.loads((calm.parent / "spent.json").read_text())["tokens"]
+    trained = sum(trial["tokens"] for trial in result_of(calm)["trials"])
+    answers = [
+        pq.read_table(file, columns=["prompt_tokens", "tokens"]) for file in calm.glob("trials/*/at-*/answers.parquet")
+    ]
+    answered = sum(sum(table[name].to_pylist()) for table in answers for name in table.column_names)
+    assert len(answers) == 2 * 3 + 2
+    assert answered > 0
+    assert spent > trained + answered, "and speeds are measured"
+
+
 def kill_trial_worker(driver):
     """SIGKILL the process that runs trials for this driver; Tune's own wrapper names it while it is at work."""
     names = ("ray::Trial", "ray::ResourceTrainable")

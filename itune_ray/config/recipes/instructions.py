@@ -96,6 +96,9 @@ class SelfInstructInstancesConfig(RecipeBase):
     type: Literal["self_instruct_instances"] = "self_instruct_instances"
     instances: Positive = 5
     """Rows per instruction at most; more are drawn from."""
+    encoding: Literal["plain", "varied"] = "plain"
+    """plain: the instruction, a blank line and the input. varied: one of 7 surface forms (6 without an input), and half
+    of the inputs with a single field label lose it, so that a model does not learn one layout (step 5)."""
 
 
 EVOLVING = SamplingConfig(temperature=1.0, top_p=0.9, max_tokens=2048)

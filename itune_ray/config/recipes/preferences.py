@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from itune_ray.config.base import Schema
 from itune_ray.config.recipes.base import JUDGING, RecipeBase
-from itune_ray.config.shared import Positive, SamplingConfig, ServedModel
+from itune_ray.config.shared import SamplingConfig, ServedModel
 
 
 class GraderScorer(Schema):
@@ -100,8 +100,6 @@ class PreferenceLabelConfig(RecipeBase):
     """With reasons, labels are held in [1 - clamp, clamp]."""
     tie: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
     """Rows with |p - 0.5| below this are rejected; at 0 an exact tie keeps the row's own order."""
-    logprobs: Positive = 20
-    """First tokens that the engine lists; at most `engine.max_logprobs`."""
 
     @model_validator(mode="after")
     def _not_all_ties(self) -> "PreferenceLabelConfig":

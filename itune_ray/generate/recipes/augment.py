@@ -28,6 +28,7 @@ class Augment(Chain):
     """
 
     name = "augment"
+    version = 2
     provides = ("messages", "seed")
     rows_per_input = None
 

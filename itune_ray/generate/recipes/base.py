@@ -20,7 +20,8 @@ class Recipe(Protocol):
     """One method of making rows. Instances are pickled to the workers and hold no state between calls.
 
     Beside what follows, a recipe may have `bind(others)`, where its config names further models, and `facts(outcomes)`
-    with figures for the manifest. One that asks no model says so in its config (`asks_teacher`).
+    with figures for the manifest. One that asks no model says so in its config (`asks_teacher`). One whose rows depend
+    on each other is a `itune_ray.generate.whole.WholeRecipe`.
     """
 
     version: int

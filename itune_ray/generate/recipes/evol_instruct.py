@@ -15,6 +15,7 @@ from itune_ray.engine.llm import sampling_of
 from itune_ray.engine.templates import render
 from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
+from itune_ray.generate.stop_words import STOP_WORDS
 
 METHODS: Mapping[str, str] = {
     "constraint": "Add one condition or requirement that the answer has to meet.",
@@ -29,12 +30,6 @@ SCAFFOLD = re.compile(r"</?(?:task|first|second)>|\b(?:new|given|original|rewrit
 TALK = re.compile(r"\b(?:as an ai|ai assistant|how can i (?:assist|help))\b", re.IGNORECASE)
 APOLOGY, APOLOGY_WORDS = re.compile(r"\bsorry\b", re.IGNORECASE), 80
 _WORD = re.compile(r"[^\W_]+")
-STOP_WORDS = frozenset(
-    _WORD.findall(
-        "a an and are as at be but by can do for from has have i if in is it its no not of on or our so that the their "
-        "them there they this to was we were what which will with would yes you your"
-    )
-)
 
 
 class EvolInstruct(Chain):
@@ -47,6 +42,7 @@ class EvolInstruct(Chain):
     """
 
     name = "evol_instruct"
+    version = 2
 
     def __init__(self, config: EvolInstructConfig):
         self._config = config

@@ -15,7 +15,7 @@ from itune_ray.generate.novelty import tokens_of
 from itune_ray.generate.recipes.backtranslation import document_of
 from itune_ray.generate.recipes.base import builtin_prompt, refused, task_turn
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
-from itune_ray.generate.recipes.evol_instruct import STOP_WORDS
+from itune_ray.generate.stop_words import STOP_WORDS
 
 END = "</s>"
 """What some wrapper models write after their last word."""
@@ -61,6 +61,7 @@ class Grounded(Chain):
     """
 
     name = "grounded"
+    version = 2
     requires = ()
     rows_per_input = None
 

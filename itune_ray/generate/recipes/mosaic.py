@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from itune_ray.config.recipes import MosaicConfig
+from itune_ray.config.shared import FakeEngineConfig, ServedModel
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Record, row_seed
 from itune_ray.engine.base import Llm
 from itune_ray.generate.mosaic import Mosaic as Composed
 from itune_ray.generate.mosaic import Pair, group_size, grouped
 from itune_ray.generate.recipes.base import numbered, refused
+from itune_ray.generate.whole import Inputs, Made
 
 SOURCE = "mosaic"
 """First part of the keys of composed rows; the second counts them over all epochs."""
@@ -43,6 +45,11 @@ class Mosaic:
             dataclasses.replace(outcome, input_key=row.key, record=_of(row, outcome.record, index, len(outcomes)))
             for index, outcome in enumerate(outcomes)
         ]
+
+    def make_all(self, inputs: Inputs) -> Made:
+        """All rows, a pure function of them, so nothing is committed on the way; no engine is asked."""
+        outcomes = self.across(inputs.rows, inputs.job.seed, token_counter(inputs.job.teacher))
+        return Made(outcomes, len(inputs.rows))
 
     def across(self, rows: Sequence[Record], seed: int, count: CountTokens) -> list[Outcome]:
         """The outcomes of all rows together, one per composed row and one per row that is none's part.
@@ -79,6 +86,17 @@ class Mosaic:
         )
         for start, stop, mosaic in groups:
             yield _outcome(rows[start:stop], mosaic, epoch, block_seed)
+
+
+def token_counter(teacher: ServedModel | None) -> CountTokens:
+    """Tokens of a text by the teacher's tokenizer, begin and end tokens among them; the fake engine's are words."""
+    assert teacher is not None
+    if isinstance(teacher.engine, FakeEngineConfig):
+        return lambda text: len(text.split())
+    from itune_ray.model.render import model_renderer  # loads torch
+
+    renderer = model_renderer(teacher.model)
+    return lambda text: len(renderer.text_ids(text).input_ids)
 
 
 def _pair(row: Record) -> Pair | None:

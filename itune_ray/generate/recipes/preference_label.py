@@ -10,10 +10,11 @@ from pydantic import Field
 
 from itune_ray.config.base import Schema, digest
 from itune_ray.config.recipes import PreferenceLabelConfig
+from itune_ray.data.chat import UnusableRow
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.records import Message, Record
 from itune_ray.engine.base import Sampling
-from itune_ray.engine.choice import continued
+from itune_ray.engine.choice import continued, first_tokens
 from itune_ray.engine.templates import render
 from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, transcript
 from itune_ray.generate.recipes.chain import Calls, Chain, EndedError
@@ -43,13 +44,14 @@ class Principles(Schema):
 class PreferenceLabel(Chain):
     """p = P(the row's answer is better than its `rejected`), the mean of P over both orders; the better is chosen.
 
-    In each order P = softmax over the options' log-probabilities as the first token of the reply. An option that is no
-    single token, or not among the likeliest that the engine lists, is scored as a continuation of the prompt instead,
-    with its rival. Under `reasons_first` the model argues first and p is clamped, after averaging. |p - 0.5| < `tie`
-    ends rejected as `tie`, equal answers as `equal_answers`. The principle is drawn per row: both orders share it.
+    In each order P = softmax over the options' log-probabilities as the first token of the reply, asked of exactly
+    those tokens. Where an option is no single token, both are scored as continuations of the prompt instead. Under
+    `reasons_first` the model argues first and p is clamped, after averaging. |p - 0.5| < `tie` ends rejected as `tie`,
+    equal answers as `equal_answers`. The principle is drawn per row: both orders share it.
     """
 
     name = "preference_label"
+    version = 2
     requires = ("messages", "rejected")
     provides = ("messages", "rejected", "num_prompt_tokens", "num_tokens")
 
@@ -115,23 +117,28 @@ class PreferenceLabel(Chain):
         return await self._options(chat, calls, order)
 
     async def _options(self, chat: Sequence[Message], calls: Calls, order: str) -> LogProbs:
-        ids = tuple(option_ids(model_renderer(calls.llm.ref).tokenizer, option) for option in OPTIONS)
-        if all(ids):
-            first_token = Sampling(temperature=0.0, max_tokens=1, logprobs=self._config.logprobs)
-            (sample,) = await calls.samples(order, chat, sampling=first_token)
-            listed = sample.logprobs[0] if sample.logprobs else {}
-            first, second = (total_of(listed, of_option) for of_option in ids)
-            if first is not None and second is not None:
-                return first, second
-        return await self._continued(chat, OPTIONS[0], calls, order), await self._continued(
-            chat, OPTIONS[1], calls, order
-        )
-
-    async def _continued(self, chat: Sequence[Message], option: str, calls: Calls, order: str) -> float:
-        """log P(option | prompt), the sum over its tokens."""
         renderer = model_renderer(calls.llm.ref)
-        tokens = renderer.tokenizer(option, add_special_tokens=False)["input_ids"]
-        prompt = renderer.prompt_ids(chat)
+        try:
+            prompt = renderer.prompt_ids(chat)
+        except UnusableRow as error:
+            raise EndedError(error.reason, raw=str(error)) from None
+        ids = [option_ids(renderer.tokenizer, option) for option in OPTIONS]
+        if not all(ids):
+            first, second = OPTIONS
+            return await self._continued(prompt, first, calls, order), await self._continued(
+                prompt, second, calls, order
+            )
+        tokens = sorted({token for of_option in ids for token in of_option})
+        listed, completion = await first_tokens(calls.llm, prompt, tokens, key=f"{calls.row.key}/{order}")
+        calls.counted(completion)
+        first, second = (total_of(listed, of_option) for of_option in ids)
+        if first is None or second is None:
+            raise EndedError("no_option", raw="the engine gives no finite log-probability of an option")
+        return first, second
+
+    async def _continued(self, prompt: Sequence[int], option: str, calls: Calls, order: str) -> float:
+        """log P(option | prompt), the sum over its tokens."""
+        tokens = model_renderer(calls.llm.ref).tokenizer(option, add_special_tokens=False)["input_ids"]
         value, completion = await continued(calls.llm, prompt, tokens, key=f"{calls.row.key}/{order}/{option}")
         calls.counted(completion)
         if math.isnan(value):

@@ -17,6 +17,7 @@ from itune_ray.engine.templates import read_template, render
 from itune_ray.generate.novelty import Tokens, nearest, tokens_of
 from itune_ray.generate.recipes.base import builtin_prompt, from_error, last_user_turn, refused
 from itune_ray.generate.recipes.respond import recorded
+from itune_ray.generate.whole import Inputs, Made
 
 _NUMBER = re.compile(r"(?:^|\n)\s*\d+\s?[.)]\s*")
 _SPACE = re.compile(r"\s+")
@@ -89,6 +90,13 @@ class Proposer(ABC):
             reply: The model's words.
             is_cut: Whether they end at `max_tokens`.
         """
+
+    def make_all(self, inputs: Inputs) -> Made:
+        """All rounds over the seeds; see `itune_ray.generate.rounds`."""
+        from itune_ray.generate.rounds import SelfInstruct  # which is built on this class
+
+        loop = SelfInstruct(inputs.job, inputs.rows, inputs.folder, inputs.stream_of, inputs.progress)
+        return Made(loop.run(), loop.tally.inputs, {"rounds": loop.facts()})
 
     async def __call__(self, row: Record, llm: Llm) -> list[Outcome]:
         """Every candidate of one call."""

@@ -50,6 +50,7 @@ class RedTeam(Chain):
     """
 
     name = "red_team"
+    version = 2
 
     def __init__(self, config: RedTeamConfig):
         self._config = config

@@ -1,4 +1,4 @@
-"""Instances for instructions: inputs with outputs, by label first for classification (Self-Instruct steps 2 to 4)."""
+"""Instances for instructions: inputs with outputs, by label first for classification (Self-Instruct steps 2 to 5)."""
 
 import re
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from itune_ray.engine.base import Sampling
 from itune_ray.engine.templates import render
 from itune_ray.generate.recipes.base import builtin_prompt, last_user_turn, refused, task_turn
 from itune_ray.generate.recipes.chain import Calls, Chain
+from itune_ray.generate.surface import encode
 
 MOST_READ = 100
 """Instances of a reply that are read."""
@@ -65,14 +66,27 @@ class SelfInstructInstances(Chain):
         reasons = self._reasons(read[:MOST_READ], is_cut, calls)
         fields: dict[str, Any] = {"recipe": f"{self.name}.{order}", "finish_reason": sample.finish_reason}
         outcomes: list[Outcome] = []
+        made: set[tuple[str, str]] = set()
         for index, (instance, reason) in enumerate(zip(read, reasons, strict=False)):
-            asked = (*row.prompt[:-1], {"role": "user", "content": task_turn(task, instance.input)})
+            shown, facts = self._turn(task, instance, index, calls)
+            asked = (*row.prompt[:-1], {"role": "user", "content": shown})
             messages = (*asked, {"role": "assistant", "content": instance.output})
+            fields = {**fields, "meta": {**calls.draft.meta, **facts}}
+            if reason is None and (shown, instance.output) in made:
+                reason = "duplicate"  # but for a label that is gone
             if reason is None:
+                made.add((shown, instance.output))
                 outcomes.append(calls.accepted(index, messages=messages, **fields))
             else:
                 outcomes.append(calls.rejected(reason, index, messages=messages, **fields))
         return outcomes
+
+    def _turn(self, task: str, instance: Instance, index: int, calls: Calls) -> tuple[str, dict[str, Any]]:
+        """The user turn of an instance, and what was drawn for it."""
+        if self._config.encoding == "plain":
+            return task_turn(task, instance.input), {}
+        drawn = encode(task, instance.input, calls.rng(f"surface/{index}"))
+        return drawn.prompt, {"surface": {"form": drawn.form, "unlabelled": drawn.is_unlabelled}}
 
     def _reasons(self, read: Sequence[Instance], is_cut: bool, calls: Calls) -> list[str | None]:
         """Why each instance is no row; None for the rows."""
