@@ -119,7 +119,8 @@ def parse(
     quarantined: list[Outcome] = []
     for raw, sample, flat in _flat(rows, layout):
         try:
-            records.append(replace(_record(raw, source, flat, max_bytes), **({"sample": sample} if sample else {})))
+            record = _record(raw, source, flat, max_bytes)
+            records.append(replace(record, sample=sample) if sample else record)
         except BadRowError as bad:
             at = Record(source=source, position=raw.position, sample=sample)
             quarantined.append(quarantine(at, str(bad), _raw_text(raw)))

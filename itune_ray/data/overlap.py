@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 Hashes = NDArray[np.uint64]
 MIN_TOKENS = 5
 """Shorter texts are too common to compare."""
+MARK_BITS = 22
+_MARK_SHIFT = np.uint64(64 - MARK_BITS)
 _BASE = 0x9E3779B97F4A7C15
 """Of the polynomial; odd, so that no token is lost modulo 2^64."""
 _TOKEN = re.compile(
@@ -26,8 +28,13 @@ _TOKEN = re.compile(
 """A word; of scripts without spaces between words, a character."""
 
 
+_ASCII_TOKEN = re.compile(r"\w+", re.ASCII)
+
+
 def tokens(text: str) -> list[str]:
     """Case-folded words of a text, punctuation left out (NFKC)."""
+    if text.isascii():
+        return _ASCII_TOKEN.findall(text.lower())
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -131,6 +138,10 @@ class OverlapIndex:
         self._by_length: dict[int, tuple[Hashes, _Postings]] = {}
         for length, parts in sorted(postings.items()):
             self._by_length[length] = _sorted_postings(parts)
+        self._marked = np.zeros(2**MARK_BITS, np.bool_)
+        """Whether some n-gram's hash begins with these bits: most n-grams that are asked need no search."""
+        for hashes, _ in self._by_length.values():
+            self._marked[hashes >> _MARK_SHIFT] = True
 
     def _shares(self, text: str) -> dict[int, float]:
         """Number of a benchmark text -> its covered share, for those that share an n-gram with the asked text."""
@@ -141,6 +152,9 @@ class OverlapIndex:
             if len(hashed) < length or not len(hashes):
                 continue
             asked = ngram_hashes(hashed, length)
+            asked = asked[self._marked[asked >> _MARK_SHIFT]]
+            if not len(asked):
+                continue
             at = np.searchsorted(hashes, asked)
             at[at == len(hashes)] = 0
             for index in np.unique(at[hashes[at] == asked]):
@@ -212,12 +226,9 @@ def hash_tokens(words: Sequence[str]) -> Hashes:
     """64-bit hash of each token, the same in every process."""
     if len(_known) > _KNOWN_MOST:
         _known.clear()
-    for word in words:
-        if word not in _known:
-            _known[word] = int.from_bytes(
-                hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            )
-    return np.fromiter((_known[word] for word in words), np.uint64, len(words))
+    for word in set(words).difference(_known):
+        _known[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return np.fromiter(map(_known.__getitem__, words), np.uint64, len(words))
 
 
 def ngram_hashes(hashed: Hashes, n: int) -> Hashes:
