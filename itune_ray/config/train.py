@@ -306,7 +306,12 @@ class DdpConfig(Schema):
 class Fsdp2Config(Schema):
     """Weights, gradients and optimizer state sharded per decoder layer (torch `fully_shard`)."""
 
+    beside_identity = frozenset({"shard_over"})
+
     type: Literal["fsdp2"] = "fsdp2"
+    shard_over: Literal["all", "node"] | Positive = "all"
+    """Workers that share one copy of the model: all; those of a node, so that weights are gathered within nodes and
+    only gradients cross them (HSDP); or so many, neighbours by rank. Their number must divide that of the workers."""
     reshard_after_forward: bool = True
     """Free gathered weights after each forward: less memory, one more all-gather (ZeRO-3 against ZeRO-2)."""
 
@@ -314,11 +319,17 @@ class Fsdp2Config(Schema):
 class DeepspeedConfig(Schema):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights cut into equal runs."""
 
+    beside_identity = frozenset({"offload"})
+
     type: Literal["deepspeed"] = "deepspeed"
     stage: Literal[1, 2, 3] = 3
     """What is sharded: optimizer state and fp32 master weights (1), gradients too (2), weights too (3)."""
     persist_below: Annotated[int, Field(ge=0)] | None = None
     """Stage 3 keeps weights of at most so many elements gathered on every rank; default: 100,000."""
+
+    offload: bool = False
+    """Keep optimizer state and fp32 weights, in stage 3 the sharded weights too, in host memory, and update them
+    there: room on the GPU for time."""
 
     @model_validator(mode="after")
     def _weights_are_sharded(self) -> "DeepspeedConfig":

@@ -40,10 +40,13 @@ MODELS = {
 }
 """Name -> what differs from full tuning of a pretrained model in fp32."""
 PLACES = {**STRATEGIES, "zero3 persisted": {"type": "deepspeed"}}
+PLACES |= {f"{name} offloaded": {**STRATEGIES[name], "offload": True} for name in ("zero1", "zero2", "zero3")}
 WHOLE = [
     *(("full", place) for place in ("ddp", "zero1", "zero2", "zero3", "zero3 persisted")),
     *((model, place) for model in ("lora", "lora bf16", "full bf16") for place in ("ddp", "zero2", "zero3")),
     *((model, place) for model in ("fresh", "recomputed", "one row") for place in ("ddp", "zero3")),
+    *(("full", f"{name} offloaded") for name in ("zero1", "zero2", "zero3")),
+    *((model, f"{name} offloaded") for model in ("lora", "full bf16") for name in ("zero2", "zero3")),
     ("one row", "zero2"),
     ("diverging", "zero2"),
     ("diverging", "zero3"),
@@ -52,6 +55,8 @@ PAUSED = [
     *(("full", place) for place in ("zero1", "zero2", "zero3 persisted")),
     ("lora", "zero3"),
     ("full bf16", "zero3"),
+    ("full", "zero2 offloaded"),
+    ("full", "zero3 offloaded"),
 ]
 """Paused half-way and taken up again by the same ranks."""
 MOVED = [
@@ -62,6 +67,9 @@ MOVED = [
     ("lora", "zero3", "zero3"),
     ("lora", "ddp", "zero3"),
     ("lora", "zero3", "ddp"),
+    ("full", "zero2", "zero2"),
+    ("full", "zero1", "zero3 offloaded"),
+    ("full", "zero3 offloaded", "fsdp2"),
 ]
 """(model, strategy of the first half on two ranks, strategy of the second half on one)."""
 

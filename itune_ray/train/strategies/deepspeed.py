@@ -43,7 +43,8 @@ class Deepspeed:
 
     Bytes a rank holds per weight between steps, with W ranks: trained fp32 weights 4 + 12/W (stage 1: + 4 of
     gradients, stage 2: + 4/W) or, in stage 3, 20/W; frozen bf16 weights 2, or 2/W. A layer's weights are gathered for
-    its forward and backward; while a model is loaded, one whole parameter at a time. bf16 is autocast over fp32.
+    its forward and backward; while a model is loaded, one whole parameter at a time. bf16 is autocast over fp32. With
+    offload, what a rank holds between steps is in host memory.
     """
 
     def __init__(self, config: DeepspeedConfig, world: World, precision: Literal["bf16", "fp32"]):
@@ -60,7 +61,7 @@ class Deepspeed:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Stage 3 gives one parameter after the other memory, and leaves this rank its run of it."""
         if self._config.stage == 3:
-            _partition(model, self._world.device)
+            _partition(model, self._world.device, "cpu" if self._config.offload else None)
         materialise(model, self._world.device)
         return model.to(self._world.device)
 
@@ -75,12 +76,17 @@ class Deepspeed:
 
     def _settings(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self._config.stage, "reduce_bucket_size": BUCKET_ELEMENTS}
+        if self._config.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if self._config.stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
         if self._config.persist_below is not None:
             zero["stage3_param_persistence_threshold"] = self._config.persist_below
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates in host memory too
             # With modules named here DeepSpeed would reduce their gradients in bf16.
             "torch_autocast": {"enabled": self._bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
@@ -178,8 +184,9 @@ class _Owned(NamedTuple):
         return Run(shape, self.start, memory.detach()[self.offset : self.offset + self.count])
 
 
-def _partition(model: nn.Module, device: torch.device) -> None:
-    """Replace every parameter by a ZeRO-3 one, on this rank a run of it; meta parameters (uninitialised) get memory."""
+def _partition(model: nn.Module, device: torch.device, home: str | None) -> None:
+    """Replace every parameter by a ZeRO-3 one, on this rank a run of it, kept at `home` (None: on the device); meta
+    parameters (uninitialised) get memory."""
     placed: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -188,5 +195,5 @@ def _partition(model: nn.Module, device: torch.device) -> None:
             if id(parameter) not in placed:
                 values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data.to(device)
                 placed[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-                deepspeed.zero.Init(module=nn.ParameterList([placed[id(parameter)]]))
+                deepspeed.zero.Init(module=nn.ParameterList([placed[id(parameter)]]), remote_device=home)
             module._parameters[name] = placed[id(parameter)]

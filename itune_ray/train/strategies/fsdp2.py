@@ -1,15 +1,18 @@
 """Weights, gradients and optimizer state sharded per decoder layer (torch `fully_shard`)."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from itune_ray.config.train import Fsdp2Config, OptimizerConfig
+from itune_ray.errors import TrainError
 from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers, build_optimizers
 from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
@@ -17,7 +20,11 @@ from itune_ray.train.world import World, ensure_process_group
 
 
 class Fsdp2:
-    """Each rank holds 1/W of everything; a layer is gathered for its own forward and backward only.
+    """Each rank holds 1/S of everything, S ranks one copy of the model: all W, or those of a node. A layer is gathered
+    for its own forward and backward only.
+
+    With S < W (HSDP) ranks form a W/S x S mesh: gradients are reduced and scattered within a row, then summed over the
+    rows, so that per layer and step only 1/S of its gradient leaves a node.
 
     bf16 gathers and computes in bf16 over fp32 shards and reduces gradients in fp32.
     """
@@ -32,6 +39,7 @@ class Fsdp2:
         )
         self.gradient_divisor = world.size
         self._root: FSDPModule | None = None
+        self._mesh = _mesh(config, world)
 
     def init_context(self) -> AbstractContextManager[None]:
         return parameters_on_meta()
@@ -41,8 +49,9 @@ class Fsdp2:
         if not any(p.is_meta for p in model.parameters()):
             model = model.to(self._world.device)
         for layer in _decoder_layers(model):
-            fully_shard(layer, mp_policy=self._policy, reshard_after_forward=self._config.reshard_after_forward)
-        self._root = fully_shard(model, mp_policy=self._policy)
+            reshard = self._config.reshard_after_forward
+            fully_shard(layer, mesh=self._mesh, mp_policy=self._policy, reshard_after_forward=reshard)
+        self._root = fully_shard(model, mesh=self._mesh, mp_policy=self._policy)
         materialise(model, self._world.device)
         return model
 
@@ -74,3 +83,29 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks transformers itself declares indivisible: no list of model names is needed."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _mesh(config: Fsdp2Config, world: World) -> DeviceMesh | None:
+    """Copies x shards of a copy, neighbours by rank together; None where one copy takes all ranks."""
+    shards = world.size if config.shard_over == "all" else config.shard_over
+    if shards == "node":
+        shards = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        total, squares = world.sum([shards, shards**2])
+        if squares * world.size != total**2:  # all ranks see alike whether all are equal
+            raise TrainError(
+                "one copy of the model per node needs as many workers on every node",
+                got=f"{shards} on this one, {total / world.size:g} on average",
+                allowed="nodes alike, or strategy.shard_over=all",
+                knob="strategy.shard_over",
+            )
+    if world.size % shards:
+        raise TrainError(
+            "the workers do not divide into whole copies of the model",
+            got=f"{world.size} workers, {shards} per copy",
+            allowed="a number of workers that is a multiple",
+            knob="strategy.shard_over or workers.num",
+        )
+    if shards == world.size:
+        return None
+    shape, names = (world.size // shards, shards), ("replicate", "shard")
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
