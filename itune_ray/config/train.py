@@ -9,7 +9,7 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.adaptation import refusal
 from itune_ray.config.base import Schema
-from itune_ray.config.course import Curriculum, Replay
+from itune_ray.config.course import Curriculum, Replay, Reptile
 from itune_ray.config.roles import Env, Holder, Role
 from itune_ray.config.shared import Fraction, Job, MixturePart, ModelRef, Positive, Thinking
 
@@ -373,7 +373,7 @@ class TrainJob(Job):
         "gradient_checkpointing",
     }
 
-    silent_at_default = frozenset({"curriculum", "replay"})
+    silent_at_default = frozenset({"curriculum", "replay", "reptile"})
 
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
@@ -394,6 +394,8 @@ class TrainJob(Job):
     """Longest chat or text in tokens; a longer one is quarantined with reason `too_long`."""
     curriculum: Curriculum | None = None
     """Rows by difficulty; default: epochs of shuffled rows."""
+    reptile: Reptile | None = None
+    """Tasks by turns with outer steps between them, instead of all rows mixed."""
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None
@@ -439,6 +441,12 @@ class TrainJob(Job):
             )
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
+        if self.reptile is not None and self.curriculum is not None:
+            raise ValueError("curriculum and reptile each decide the order of the rows: leave one out")
+        if self.reptile is not None and (self.strategy.type == "deepspeed" or self.model.peft.type == "adalora"):
+            raise ValueError(
+                "reptile needs weights that nothing else rewrites: take strategy ddp or fsdp2, and no adalora"
+            )
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
         if self.gradient_checkpointing and self.model.peft.type in ("prefix_tuning", "p_tuning_v2"):

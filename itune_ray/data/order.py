@@ -106,7 +106,7 @@ class Order:
         With `epochs` the last step may be smaller; a fraction takes that share of the last epoch.
         """
         pending: list[int] = []
-        for done, (progress, index) in enumerate(self._stream(epochs)):
+        for done, (progress, index) in enumerate(self.stream(epochs)):
             pending.append(index)
             if len(pending) == self._batch:
                 yield progress, pending
@@ -116,7 +116,7 @@ class Order:
         if pending:
             yield epochs or 0.0, pending
 
-    def _stream(self, epochs: float | None) -> Iterator[tuple[float, int]]:
+    def stream(self, epochs: float | None) -> Iterator[tuple[float, int]]:
         epoch = 0
         while epochs is None or epoch < epochs:
             order = self.epoch(epoch)

@@ -32,6 +32,7 @@ from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.reference import Reference, reference_of
+from itune_ray.train.reptile import OuterSteps
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
 from itune_ray.train.statistic import step_batches
@@ -124,6 +125,8 @@ def train_rank(
     loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place, leaving)
     if budget is not None:
         optimizers.after_update.append(lambda: budget.allocate(loop.step, prepared.plan.steps))
+    if job.reptile is not None:
+        OuterSteps(optimizers, job.reptile, lambda: loop.step, prepared.plan.steps)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     steps = stop_at or prepared.plan.steps
