@@ -39,7 +39,8 @@ class TrainedModel(Schema):
     chat_template: str | None = None
     trust_remote_code: bool = False
     thinking: Thinking = "keep"
-    """See `ModelRef.thinking`."""
+    """What becomes of thoughts (`<think>...</think>`) in the rows: keep; strip; or {budget: N}, by which they end
+    after N tokens. The same key of a served model treats its prompts and replies alike."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
