@@ -19,7 +19,7 @@ from itune_ray.bench.train_loop import train_job
 from itune_ray.bench.turns import Method, Side, Task, Turn, alternate
 from itune_ray.config.bench import BenchJob, TrainBench
 from itune_ray.data.artifact import Artifact, RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, TrainError
 from itune_ray.observe.progress import Progress
 

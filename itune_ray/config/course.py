@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from itune_ray.config.base import Schema
-from itune_ray.config.shared import MixturePart
+from itune_ray.config.shared import MixturePart, Positive
 
 Pacing = Literal["competence", "linear", "root", "quadratic", "exponential", "logarithmic", "step"]
 
@@ -37,3 +37,15 @@ class Replay(Schema):
     weight is its share of the replayed rows: equal ones, or how much of each task was forgotten."""
     share: Annotated[float, Field(gt=0)] = 0.1
     """Replayed rows for each new one; 0.01 to 0.1 is usual."""
+
+
+class Reptile(Schema):
+    """Meta-tuning (Nichol et al. 2018): tasks take turns, and after k steps on one of them θ ← θ + ε (θ_k - θ), which
+    makes for a start from which few steps reach any of them."""
+
+    task: str = "task"
+    """Field of a row's `meta` that names its task."""
+    inner_steps: Positive = 5
+    """k, steps on one task before the outer step."""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """ε, how far the outer step goes; 1 is training on one task after another."""

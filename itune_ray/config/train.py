@@ -10,7 +10,7 @@ from itune_ray.config.adaptation import LoraConfig as LoraConfig
 from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.base import Schema, Tree
 from itune_ray.config.classify import ClassifyConfig as ClassifyConfig
-from itune_ray.config.course import Curriculum, Replay
+from itune_ray.config.course import Curriculum, Replay, Reptile
 from itune_ray.config.gate import GateConfig
 from itune_ray.config.images import ImagesConfig
 from itune_ray.config.images import refusal as images_refusal
@@ -44,7 +44,8 @@ class TrainedModel(Schema):
     chat_template: str | None = None
     trust_remote_code: bool = False
     thinking: Thinking = "keep"
-    """See `ModelRef.thinking`."""
+    """What becomes of thoughts (`<think>...</think>`) in the rows: keep; strip; or {budget: N}, by which they end
+    after N tokens. The same key of a served model treats its prompts and replies alike."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash on GPU when installed, else sdpa. Tiny models on CPU are fastest with eager."""
     peft: PeftConfig = FullConfig()
@@ -435,7 +436,7 @@ class TrainJob(Job):
         "divergence",
     }
 
-    silent_at_default = frozenset({"curriculum", "replay"})
+    silent_at_default = frozenset({"curriculum", "replay", "reptile"})
 
     model: TrainedModel
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
@@ -456,6 +457,8 @@ class TrainJob(Job):
     """Longest chat or text in tokens; a longer one is quarantined with reason `too_long`."""
     curriculum: Curriculum | None = None
     """Rows by difficulty; default: epochs of shuffled rows."""
+    reptile: Reptile | None = None
+    """Tasks by turns with outer steps between them, instead of all rows mixed."""
     packing: bool = True
     """Put several documents in one row, each isolated from the others (best fit, within one optimizer step)."""
     pack_length: Positive | None = None
@@ -519,6 +522,12 @@ class TrainJob(Job):
             )
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")
+        if self.reptile is not None and self.curriculum is not None:
+            raise ValueError("curriculum and reptile each decide the order of the rows: leave one out")
+        if self.reptile is not None and (self.strategy.type == "deepspeed" or self.model.peft.type == "adalora"):
+            raise ValueError(
+                "reptile needs weights that nothing else rewrites: take strategy ddp or fsdp2, and no adalora"
+            )
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
         if self.images is not None:

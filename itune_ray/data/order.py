@@ -82,6 +82,8 @@ class Plan:
     epochs: float
     tokens: int
     """Tokens over all steps, repeats included."""
+    unused: int = 0
+    """Documents that no step draws: a part of an epoch leaves some out, and so does a curriculum."""
 
 
 class Order:
@@ -108,7 +110,7 @@ class Order:
         With `epochs` the last step may be smaller; a fraction takes that share of the last epoch.
         """
         pending: list[int] = []
-        for done, (progress, index) in enumerate(self._stream(epochs)):
+        for done, (progress, index) in enumerate(self.stream(epochs)):
             pending.append(index)
             if len(pending) == self._batch:
                 yield progress, pending
@@ -118,7 +120,7 @@ class Order:
         if pending:
             yield epochs or 0.0, pending
 
-    def _stream(self, epochs: float | None) -> Iterator[tuple[float, int]]:
+    def stream(self, epochs: float | None) -> Iterator[tuple[float, int]]:
         epoch = 0
         while epochs is None or epoch < epochs:
             order = self.epoch(epoch)
@@ -158,6 +160,7 @@ def write_order(
     keys: list[str] = documents["key"].to_pylist()
     order = order or Order(keys, documents["weight"].to_pylist(), seed, batch)
     step_rows: list[dict[str, object]] = []
+    used: set[int] = set()
     tokens, done, writer = 0, 0.0, None
     for step, (done, indices) in enumerate(order.steps(epochs, steps)):
         if step % STEPS_PER_FILE == 0:
@@ -170,10 +173,11 @@ def write_order(
         entry = writer.write(_packed_table([[indices[i] for i in row] for row in rows], lists, keys, schema))
         step_rows.append({**entry, "documents": len(indices), "tokens": sum(lengths), "epoch": done})
         tokens += sum(lengths)
+        used.update(indices)
     if writer is not None:
         writer.close()
     target.write_table("steps.parquet", pa.Table.from_pylist(step_rows, schema=STEP_SCHEMA))
-    plan = Plan(digest=digest, steps=len(step_rows), documents=len(keys), epochs=done, tokens=tokens)
+    plan = Plan(digest, len(step_rows), len(keys), done, tokens, unused=len(keys) - len(used))
     target.write_json("plan.json", asdict(plan))
     return plan
 

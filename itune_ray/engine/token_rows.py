@@ -47,6 +47,13 @@ def servable_adapter(adapter: Path, base: Path, scratch: Path, max_rank: int) ->
                 allowed=f"at most {max_rank}",
                 knob="engine.max_adapter_rank",
             )
+        if max(ids) >= _vocabulary(base):
+            raise ModelError(
+                "the adapter trains tokens that its base has no embeddings for",
+                got=f"token {max(ids)} of {_vocabulary(base)}",
+                allowed="the merged model of the same training (model/)",
+                knob="model.adapter",
+            )
         change = weights.pop(name).float() - base_rows(base, f"{module}.weight", ids).float()
         weights |= _as_lora(module, ids, change / _scaling(config), _vocabulary(base), _is_tied(base))
     scratch.mkdir(parents=True)

@@ -36,6 +36,7 @@ from itune_ray.train.pictured import shown_for, write_processor
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.randomness import draws, seeded
 from itune_ray.train.reference import Reference, reference_of
+from itune_ray.train.reptile import OuterSteps
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor
 from itune_ray.train.statistic import step_batches
@@ -130,6 +131,8 @@ def train_rank(
     loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place, leaving)
     if budget is not None:
         optimizers.after_update.append(lambda: budget.allocate(loop.step, prepared.plan.steps))
+    if job.reptile is not None:
+        OuterSteps(optimizers, job.reptile, lambda: loop.step, prepared.plan.steps)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     gated = job.gate if stop_at is None and not scalar(job) and job.images is None else None
     documents = [] if gated is None else gate_documents(rows.table, gated)

@@ -24,6 +24,7 @@ from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
 from itune_ray.data.order import Order, Plan, read_plan, write_order
 from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
+from itune_ray.data.tasks import TaskOrder
 from itune_ray.errors import TrainError
 from itune_ray.train.documents import Completed, DocumentError, number
 from itune_ray.train.pictured import documents_for
@@ -31,6 +32,8 @@ from itune_ray.train.rows import rejection
 
 DIFFICULTY = "difficulty"
 """Column of tokenised documents where the job has a curriculum."""
+TASK = "task"
+"""Column of tokenised documents where tasks take turns."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ def renderer_for(model_json: str, sees: bool = False) -> ChatRenderer:
 
 def tokenised_schema(job: TrainJob) -> pa.Schema:
     """A tokenised document of the job's objective, or no tokens and the row's outcome as JSON."""
-    difficulty = [] if job.curriculum is None else [(DIFFICULTY, pa.float64())]
-    return pa.schema([*documents_for(job).schema, *difficulty, ("rejection", pa.string())])
+    course = [] if job.curriculum is None else [(DIFFICULTY, pa.float64())]
+    course += [] if job.reptile is None else [(TASK, pa.string())]
+    return pa.schema([*documents_for(job).schema, *course, ("rejection", pa.string())])
 
 
 def tokenise(records: Iterable[Record], job: TrainJob, renderer: ChatRenderer) -> pa.Table:
@@ -69,9 +73,17 @@ def _tokenised_row(record: Record, job: TrainJob, renderer: ChatRenderer) -> dic
     row: dict[str, Any] = {"key": record.key, "weight": record.weight}
     try:
         document = documents_for(job).document(record, job, renderer)
+        document |= {} if job.reptile is None else {TASK: _task(record, job.reptile.task)}
     except DocumentError as error:
         return row | {"rejection": _json(rejection(record, error.reason, error.detail, score=error.score))}
     return row | document | ({} if job.curriculum is None else {DIFFICULTY: _difficulty(record)})
+
+
+def _task(record: Record, field: str) -> str:
+    task: object = record.meta.get(field)
+    if task is None:
+        raise DocumentError("no_task", f"meta.{field} is missing")
+    return str(task)
 
 
 def _difficulty(record: Record) -> float:
@@ -88,7 +100,7 @@ def preparation_digest(job: TrainJob, renderer: ChatRenderer) -> str:
     """Identity of the order, as far as the job decides it: settings, tokenizer and template."""
     settings = (job.seed, job.batch, job.epochs, job.steps, job.max_length, job.packing, job.pack_length)
     objective = job.objective.model_dump(mode="json")
-    course = [] if job.curriculum is None else [job.curriculum.model_dump(mode="json")]
+    course = [c.model_dump(mode="json") for c in (job.curriculum, job.reptile) if c is not None]
     return digest([settings, objective, renderer.vocabulary_hash, renderer.template_hash, *course], length=16)
 
 
@@ -148,7 +160,12 @@ def write_prepared(
 
 
 def _order(documents: pa.Table, job: TrainJob) -> tuple[Order | None, pa.Table]:
-    """The order that a curriculum asks for, and the documents without their difficulties."""
+    """The order that a curriculum or tasks ask for, and the documents without what it follows."""
+    keys, weights = documents["key"].to_pylist(), documents["weight"].to_pylist()
+    if job.reptile is not None:
+        tasks: list[str] = documents[TASK].to_pylist()
+        by_task = TaskOrder(keys, weights, job.seed, job.batch, tasks, job.reptile.inner_steps)
+        return by_task, documents.drop_columns([TASK])
     if job.curriculum is None:
         return None, documents
     difficulties: list[float] = documents[DIFFICULTY].to_pylist()
@@ -159,7 +176,6 @@ def _order(documents: pa.Table, job: TrainJob) -> tuple[Order | None, pa.Table]:
             allowed="rows of a curate job with the filter `curriculum`",
             knob="curriculum",
         )
-    keys, weights = documents["key"].to_pylist(), documents["weight"].to_pylist()
     order = CurriculumOrder(keys, weights, job.seed, job.batch, difficulties, job.curriculum)
     return order, documents.drop_columns([DIFFICULTY])
 

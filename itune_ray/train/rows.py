@@ -20,7 +20,14 @@ VALIDATION = "validation"
 def validation_job(job: TrainJob) -> TrainJob:
     """The job whose order is that of the held-out rows: each once, packed like the training rows."""
     assert job.validation is not None
-    alone = {"data": job.validation.data, "validation": None, "curriculum": None, "epochs": 1.0, "steps": None}
+    alone = {
+        "data": job.validation.data,
+        "validation": None,
+        "curriculum": None,
+        "reptile": None,
+        "epochs": 1.0,
+        "steps": None,
+    }
     return job.model_copy(update=alone)
 
 

@@ -75,6 +75,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         tokens=prepared.plan.tokens,
         steps=outcome.steps,
         epochs=prepared.plan.epochs,
+        unused=prepared.plan.unused,
         parameters={
             "total": report.total,
             "trainable": report.trainable,

@@ -9,7 +9,7 @@ from itune_ray.config.shared import ModelRef, ServedModel
 from itune_ray.config.train import TrainJob
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.llm import EngineLlm
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ITuneError, ModelError
 from itune_ray.model.gate import LogProbs, check_routes
 from itune_ray.train.gate import read_report, refuse, write_report

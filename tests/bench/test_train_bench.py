@@ -13,7 +13,7 @@ from itune_ray.bench.turns import Side, Task, Turn, alternate
 from itune_ray.config.base import validate
 from itune_ray.config.bench import BenchJob
 from itune_ray.data.artifact import RunStore
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ConfigError, TrainError
 from itune_ray.observe.progress import Progress
 from itune_ray.train.prepare import renderer_for

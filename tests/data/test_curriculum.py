@@ -121,6 +121,8 @@ def test_the_trainer_reads_what_the_filter_wrote(tmp_path):
     positions = [[int(k.split(":")[1]) % 12 for r in table.rows(t) for k in r.keys] for t in range(6)]
     assert max(positions[0]) <= 12 * 0.42
     assert max(map(max, positions)) == 11
+    drawn_keys = {key for t in range(6) for r in table.rows(t) for key in r.keys}
+    assert prepared.plan.unused == 24 - len(drawn_keys) > 0
     assert prepare_locally(job, [], str(tmp_path / "stage")) == prepared
     plain = tiny.job(tmp_path / "m", batch=4, steps=6, packing=True)
     assert prepare_locally(plain, rows(), str(tmp_path / "stage")).plan.digest != prepared.plan.digest

@@ -1,5 +1,7 @@
 """Task tokens in training: added to tokenizer and embeddings, trained, and part of what is exported."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itune_ray.config.train import TrainJob
 from itune_ray.data.records import Record
-from itune_ray.errors import TrainError
+from itune_ray.engine.token_rows import servable_adapter
+from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
 from itune_ray.train.build import load_renderer
 from itune_ray.train.loop import train_local
@@ -75,14 +78,19 @@ def test_the_export_holds_the_tokens_and_their_trained_rows(tmp_path, peft, tied
         assert torch.equal(new[: len(old)], old)
     prompt = words.apply_chat_template(list(rows()[0].prompt), add_generation_prompt=True, return_tensors="pt")
     assert torch.isfinite(model(**prompt).logits).all()
+    if peft is LORA:
+        with pytest.raises(ModelError, match="no embeddings for"):
+            servable_adapter(Path(outcome.adapter_path), folder, tmp_path / "scratch", max_rank=8)
     again = tiny.job(outcome.model_path, **{"model.added_tokens": TOKENS})
     assert len(load_renderer(again.model).tokenizer) == len(words), "a model that has them gets no second ones"
 
 
-def test_a_run_goes_on_from_a_checkpoint_with_the_same_tokens(tmp_path, folder):
-    whole = train_local(job(folder, **{"model.peft": LORA}), rows(), str(tmp_path / "whole"))
-    train_local(job(folder, **{"model.peft": LORA}), rows(), str(tmp_path / "parts"), stop_at=1)
-    parts = train_local(job(folder, **{"model.peft": LORA}), rows(), str(tmp_path / "parts"))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_tokens(tmp_path, folder, strategy):
+    made = job(folder, **{"model.peft": LORA, "strategy.type": strategy})
+    whole = train_local(made, rows(), str(tmp_path / "whole"))
+    train_local(made, rows(), str(tmp_path / "parts"), stop_at=1)
+    parts = train_local(made, rows(), str(tmp_path / "parts"))
     a, b = (AutoModelForCausalLM.from_pretrained(o.model_path).state_dict() for o in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
