@@ -7,12 +7,14 @@ from dataclasses import replace
 from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.shared import ModelRef, ServedModel
 from itune_ray.config.train import TrainJob
+from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Sampling
-from itune_ray.engine.llm import EngineLlm
 from itune_ray.engine.host import EngineHost
+from itune_ray.engine.llm import EngineLlm
 from itune_ray.errors import ITuneError, ModelError
 from itune_ray.model.gate import LogProbs, check_routes
 from itune_ray.train.gate import read_report, refuse, write_report
+from itune_ray.train.outcome import NAME as OUTCOME
 from itune_ray.train.outcome import TrainOutcome
 
 
@@ -35,6 +37,7 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
             gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
     except ITuneError:
         refuse((outcome.model_path, outcome.adapter_path))
+        Folder.at(stage_dir).delete(OUTCOME)  # asked again, the stage is exported again
         raise
     write_report(replace(report, gaps=report.gaps | gaps), stage_dir)
     return gaps
