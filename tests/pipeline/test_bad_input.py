@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -132,7 +133,8 @@ def test_rows_that_cannot_be_trained_on_are_quarantined(session, tmp_path):
     no_answer = {"messages": GOOD["messages"][:1]}
     too_long = {"messages": [{"role": "user", "content": "reverse " + "x" * 200}, GOOD["messages"][1]]}
     file.write_text("\n".join(json.dumps(row) for row in (GOOD, no_answer, too_long, GOOD)))
-    folder = session("train", TrainJob, train_tree(file, name="quarantine"))
+    folder = session("train", TrainJob, train_tree(file, name="quarantine", trackers=[{"type": "tensorboard"}]))
+    assert [name for name in folder.names() if name == "tensorboard"]  # a tracker of a run works beside
     funnel = folder.read_json("manifest.json")["funnel"]
     assert (funnel["in"], funnel["accepted"]) == (4, 2)
     assert funnel["rejected"] == {"no_answer": 1, "too_long": 1}
@@ -145,6 +147,15 @@ def test_zero_supervised_tokens(session, tmp_path):
     message = refusal(session, "train", TrainJob, train_tree(file, name="silent"))
     assert "no row is left to train on: every one is rejected as no_answer" in message
     assert "data" in message
+
+
+@pytest.mark.real
+def test_a_tracker_without_its_package(session, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    file = tmp_path / "good.jsonl"
+    file.write_text(json.dumps(GOOD))
+    message = refusal(session, "train", TrainJob, train_tree(file, name="untracked", trackers=[{"type": "wandb"}]))
+    assert "allowed: pip install wandb" in message
 
 
 @pytest.mark.real
