@@ -65,23 +65,28 @@ def measure(task: HeadTask, way: Way) -> dict[str, float]:
     with torch.autocast("cpu", torch.bfloat16):  # kernels and threads come into being
         way.loss(model, ids[:, :8], ids[:, :8]).backward()
     model.zero_grad(set_to_none=True)
-    held = _forget_peak()
+    held = forget_peak()
     began = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         loss = way.loss(model, ids, ids)
     loss.backward()
     seconds = time.perf_counter() - began
     return {
-        "peak_mib": round((_status("VmHWM") - held) / 2**20, 1),
+        "peak_mib": round((peak() - held) / 2**20, 1),
         "seconds": round(seconds, 2),
         "loss": float(loss.detach()),
     }
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Bytes in memory now, from which the peak is counted anew."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes in memory since the last `forget_peak`."""
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:

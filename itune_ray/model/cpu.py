@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 
 @cache
-def _has_bf16_units() -> bool:
+def has_bf16_units() -> bool:
+    """Whether this machine's CPU multiplies bf16 matrices in hardware."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products in dtype are faster by fp32 units: bf16 on a CPU without AMX."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and not _has_bf16_units()
+    return dtype == torch.bfloat16 and device.type == "cpu" and not has_bf16_units()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=[True, False], ids=["wide", "bf16 units"])
 def wide(request, monkeypatch):
-    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: not request.param)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: not request.param)
     return request.param
 
 
@@ -105,7 +105,7 @@ def test_the_saved_config_does_not_name_it(folder, tmp_path):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_wide_product_rounds_its_sums_once(weights, bias, monkeypatch):
-    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: False)
     torch.manual_seed(0)
     linear = nn.Linear(48, 24, bias=bias).to(weights)
     install_wide_products(linear)
@@ -130,9 +130,9 @@ def test_fp32_and_machines_with_bf16_units_keep_torchs_own(monkeypatch):
     monkeypatch.setattr(cpu._WideProduct, "apply", lambda *args: calls.append(args))
     linear = nn.Linear(4, 4)
     install_wide_products(linear)
-    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: False)
     linear(torch.ones(1, 4))
-    monkeypatch.setattr(cpu, "_has_bf16_units", lambda: True)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: True)
     with torch.autocast("cpu", torch.bfloat16):
         linear(torch.ones(1, 4))
     assert not calls

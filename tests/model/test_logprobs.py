@@ -85,10 +85,14 @@ def test_forward_scores_the_supervised_positions_in_order(folder):
     torch.testing.assert_close(scores.log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_full_logits_are_never_made(folder, monkeypatch):
+@pytest.mark.parametrize("units", ["fp32", "bf16", "bf16 by fp32 units", "bf16 weights by fp32 units"])
+def test_the_full_logits_are_never_made(folder, units, monkeypatch):
     """No tensor over the words is larger than the head itself, however many tokens there are."""
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2048)
+    monkeypatch.setattr("itune_ray.model.cpu.has_bf16_units", lambda: units == "bf16")
     model = AutoModelForCausalLM.from_pretrained(folder)
+    if units.startswith("bf16 weights"):
+        model.get_output_embeddings().to(torch.bfloat16)
     install_fused_head(model)
     ids = torch.randint(4, 300, (8, 128))
     words = model.config.vocab_size
@@ -102,7 +106,7 @@ def test_the_full_logits_are_never_made(folder, monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    with Watch():
+    with Watch(), torch.autocast("cpu", torch.bfloat16, enabled=units != "fp32"):
         model(ids, labels=ids, token_scores=True, use_cache=False).log_probs.sum().backward()
     assert 2048 // words <= largest <= words * 64 < ids.numel() * words / 8
 
@@ -140,7 +144,7 @@ def test_families_that_scale_or_cap_their_logits(family):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_bf16_by_fp32_units_some_words_at_a_time(weights, small_chunks, monkeypatch):
     """A bf16 head is widened in parts, an fp32 one is used as it is; neither is rounded."""
-    monkeypatch.setattr("itune_ray.model.cpu._has_bf16_units", lambda: False)
+    monkeypatch.setattr("itune_ray.model.cpu.has_bf16_units", lambda: False)
     monkeypatch.setattr("itune_ray.model.logprobs.WIDENED_ELEMENTS", 7 * 16)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False).to(weights)
