@@ -1,7 +1,6 @@
 """A training node goes and another comes: two workers, one, two again, on the loss curve of one that nothing moved."""
 
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from itune_ray.train.metrics import read_metrics
 from itune_ray.train.rows import read_mixture
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
-STEPS, STRICT = 200, 50
+STEPS, STRICT, AFTER = 400, 50, 10
 
 
 def tree(root: Path) -> dict:
@@ -77,23 +76,19 @@ def test_two_workers_one_and_two_again_train_what_one_process_trains(tmp_path, r
             cluster.add("train-2", {"train": 1}, cpus=1)
             until(lambda: rows_of(tmp_path)[-1][1] == 2, "two workers again")
             record_property("seconds from the new node to a step of two", round(time.monotonic() - added, 1))
-            assert driver.wait(300) == 0, (tmp_path / "log").read_text()[-4000:]
+            until(lambda: [n for _, n in rows_of(tmp_path)][-AFTER:] == [2] * AFTER, f"{AFTER} steps of two")
         finally:
             driver.kill()
             driver.wait()
             log.close()
     (stage,) = tmp_path.glob("elastic/train-*")
     moved = read_metrics(str(stage))
-    sizes = [ranks for ranks, _ in itertools.groupby(row["ranks"] for row in moved)]
-    assert sizes == [2, 1, 2]
+    assert [row["step"] for row in moved] == list(range(1, len(moved) + 1))
+    assert [ranks for ranks, _ in itertools.groupby(row["ranks"] for row in moved)] == [2, 1, 2]
     job = load_job(TrainJob, file)
-    records, _ = read_mixture(job.data)
-    train_local(job, records, str(tmp_path / "fixed"))
-    fixed = read_metrics(str(tmp_path / "fixed"))
-    assert [row["step"] for row in moved] == list(range(1, STEPS + 1))
-    found, expected = ([row["loss"] for row in rows] for rows in (moved, fixed))
-    worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+    train_local(job, read_mixture(job.data)[0], str(tmp_path / "fixed"), stop_at=len(moved))
+    found, fixed = ([row["loss"] for row in rows] for rows in (moved, read_metrics(str(tmp_path / "fixed"))))
+    worst = max(abs(a / b - 1) for a, b in zip(found, fixed, strict=True))
     record_property("largest relative difference of a step's loss", worst)
-    print(json.dumps({"sizes": [(row["step"], row["ranks"]) for row in moved][:: STEPS // 20], "worst": worst}))
-    torch.testing.assert_close(found[:STRICT], expected[:STRICT], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[:STRICT], fixed[:STRICT], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, fixed, rtol=1e-5, atol=0)
