@@ -332,4 +332,4 @@ def _meta(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     nested = row.get("meta")
     if nested is not None:
         rest = {**rest, **nested} if isinstance(nested, Mapping) else {**rest, "meta": nested}
-    return json.loads(json.dumps(rest, default=str))
+    return json.loads(json.dumps(rest, default=str)) if rest else {}
