@@ -12,7 +12,7 @@ from itune_ray.curate.filters.base import KEEP, RowFilter, Verdict
 from itune_ray.data.records import RECORD_SCHEMA, Record, records_table, rows_of
 
 BLOCK_SCHEMA = pa.schema([*RECORD_SCHEMA, ("row", pa.int64()), ("input", pa.string())])
-"""A record with its number on the board and the name of its source."""
+"""A record, its derived columns null, with its number on the board and the name of its source."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -44,7 +44,7 @@ class Link:
 
 def block_table(rows: Sequence[int], records: Iterable[Record], inputs: Sequence[str]) -> pa.Table:
     """`BLOCK_SCHEMA` of numbered records."""
-    table = records_table(records)
+    table = records_table(records, derived=False)
     return table.append_column("row", pa.array(rows, pa.int64())).append_column("input", pa.array(inputs, pa.string()))
 
 

@@ -333,4 +333,4 @@ def _meta(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     nested = row.get("meta")
     if nested is not None:
         rest = {**rest, **nested} if isinstance(nested, Mapping) else {**rest, "meta": nested}
-    return json.loads(json.dumps(rest, default=plain))
+    return json.loads(json.dumps(rest, default=plain)) if rest else {}

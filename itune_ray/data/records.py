@@ -109,14 +109,18 @@ class Record:
         """The final assistant turn, or None for a prompt row."""
         return self.messages[-1]["content"] if self.messages and self.messages[-1]["role"] == "assistant" else None
 
-    def to_row(self) -> dict[str, Any]:
-        """As a dict of Arrow values, with the derived `key` and `content_hash`; `meta` and `sampling` as JSON."""
+    def to_row(self, derived: bool = True) -> dict[str, Any]:
+        """As a dict of Arrow values, `meta` and `sampling` as JSON.
+
+        Args:
+            derived: Add `key` and `content_hash`, which cost more than all the rest.
+        """
         row = {name: getattr(self, name) for name in _FIELDS}  # not asdict, which takes ten times as long
         row["teacher"] = None if self.teacher is None else asdict(self.teacher)
         row["messages"], row["parents"] = [dict(m) for m in self.messages], list(self.parents)
         row["meta"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True)
         row["sampling"] = None if self.sampling is None else json.dumps(self.sampling, sort_keys=True)
-        return {"key": self.key, "content_hash": self.content_hash, **row}
+        return {"key": self.key, "content_hash": self.content_hash, **row} if derived else row
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -175,11 +179,11 @@ RECORD_SCHEMA = pa.schema(
 """Columns of `Record.to_row()`."""
 
 
-def records_table(records: Iterable[Record]) -> pa.Table:
-    """Arrow table of records in `RECORD_SCHEMA`."""
+def records_table(records: Iterable[Record], derived: bool = True) -> pa.Table:
+    """Arrow table of records in `RECORD_SCHEMA`; `key` and `content_hash` are null where not `derived`."""
     rest = iter(records)
     parts = [RECORD_SCHEMA.empty_table()]
-    while rows := [record.to_row() for record in itertools.islice(rest, ROWS_AT_ONCE)]:
+    while rows := [record.to_row(derived) for record in itertools.islice(rest, ROWS_AT_ONCE)]:
         parts.append(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA))
     return pa.concat_tables(parts)
 
