@@ -89,7 +89,7 @@ def test_the_bill_is_what_the_endpoint_counted(tmp_path, endpoint):
     assert spent == endpoint.model.spent == sum(heard.tokens.values())
     assert {stage for stage, _ in heard.tokens} == {"best", "judged", "asked"}
     answers = sum(len(row["messages"][-1]["content"].split()) for row in accepted(tmp_path))
-    said_by_judges = ROWS * 3 * len(["5", "Good."])
+    said_by_judges = ROWS * len(["5", "Good."])  # the three answers to a prompt are equal: one judgement
     assert heard.tokens["best", "generated"] == 3 * answers + said_by_judges
 
 
