@@ -1,7 +1,7 @@
 """Every parameter-efficient method's way to vLLM, as `SUPPORT` states it: the adapter, the merged model, or a refusal.
 
-Adapters share one engine. Every merged model needs its own, since vLLM on CPU packs weights while it loads them and
-`reload_weights` leaves the packed ones as they were: two are in `make test`, all in `make soak`.
+Adapters share one engine. Every merged model has its own, since `reload_weights` on CPU did not give the new one
+(docs/decisions.md): two are in `make test`, the others in `make soak`.
 """
 
 import asyncio
