@@ -189,6 +189,7 @@ def _load(
     if on_cpu:
         os.environ.update({k: v for k, v in CPU_ENVIRONMENT.items() if k not in os.environ})
         check_head_dim(folder, model.path)
+        check_experts(config, folder, model.path)
     try:
         from vllm.config import ReasoningConfig, StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -337,6 +338,20 @@ def check_head_dim(folder: str, got: str) -> None:
             got=got,
             allowed=f"head_dim in {sorted(CPU_HEAD_DIMS)}, or a GPU",
             knob="model.path",
+        )
+
+
+def check_experts(config: VllmEngineConfig, folder: str, got: str) -> None:
+    """Refuse adapters over a mixture of experts on CPU: with LoRA on, vLLM runs experts by Triton alone, whatever the
+    adapter changes, so the engine would load and die at its first request."""
+    found = read_config(folder)
+    counts = [found.get(name) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    if config.max_adapters and max(counts) > 0:
+        raise ModelError(
+            "vLLM on CPU serves no adapters over a mixture of experts",
+            got=got,
+            allowed="the merged model with max_adapters=0, or a GPU",
+            knob="engine.max_adapters",
         )
 
 

@@ -16,6 +16,12 @@ from itune_ray.model.load import load_model
 from itune_ray.model.peft.saved import load_adapted
 
 Ids = Sequence[Sequence[int]]
+
+
+class ExportRefusedError(ModelError):
+    """What was written does not say what was trained."""
+
+
 LogProbs = list[list[float]]
 """Per document the log-probability of each token but the first, given those before it."""
 
@@ -68,12 +74,12 @@ def check_routes(trained: LogProbs, routes: dict[str, LogProbs], tolerance: floa
     """Route -> its gap to the trained model.
 
     Raises:
-        ModelError: One is above the tolerance: the export is refused.
+        ExportRefusedError: One is above the tolerance.
     """
     gaps = {route: gap(trained, scores) for route, scores in routes.items()}
     for route, found in gaps.items():
         if not found <= tolerance:
-            raise ModelError(
+            raise ExportRefusedError(
                 f"the export is refused: the written model ({route}) does not say what was trained",
                 got=f"{found:.3g} nats per token",
                 allowed=f"at most {tolerance:g}",

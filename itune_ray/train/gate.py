@@ -15,8 +15,7 @@ from itune_ray.data.batches import IGNORED, collate, model_inputs
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
-from itune_ray.errors import ModelError
-from itune_ray.model.gate import LogProbs, check_routes, written_scores
+from itune_ray.model.gate import ExportRefusedError, LogProbs, check_routes, written_scores
 from itune_ray.train.step import Stepper
 
 NAME = "gate.json"
@@ -101,7 +100,7 @@ def check_written(
     """Hold model/ and adapter/ against the trained model, on one rank; writes gate.json.
 
     Raises:
-        ModelError: They differ by more than the tolerance; both folders are gone then.
+        ExportRefusedError: They differ by more than the tolerance; both folders are gone then.
     """
     merged, adapter = (None if path is None else _local(path) for path in paths)
     # A QLoRA adapter belongs to the rounded base, which is nowhere but in model/.
@@ -117,7 +116,7 @@ def check_written(
     )
     try:
         gaps = check_routes(trained, routes, tolerance_of(job))
-    except ModelError:
+    except ExportRefusedError:
         refuse(paths)
         raise
     write_report(GateReport(tolerance_of(job), documents, trained, gaps), stage_dir)

@@ -11,8 +11,8 @@ from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Sampling
 from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import EngineLlm
-from itune_ray.errors import ITuneError, ModelError
-from itune_ray.model.gate import LogProbs, check_routes
+from itune_ray.errors import ModelError
+from itune_ray.model.gate import ExportRefusedError, LogProbs, check_routes
 from itune_ray.train.gate import read_report, refuse, write_report
 from itune_ray.train.outcome import NAME as OUTCOME
 from itune_ray.train.outcome import TrainOutcome
@@ -22,7 +22,8 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
     """Route -> gap of vLLM to the trained model, added to gate.json.
 
     Raises:
-        ModelError: One is above the tolerance; model/ and adapter/ are gone then. Or vLLM cannot load what was written.
+        ExportRefusedError: One is above the tolerance; model/ and adapter/ are gone then.
+        ITuneError: The engine cannot be started, or does not score a document; what was written stays.
     """
     assert job.gate is not None
     assert job.gate.vllm is not None
@@ -35,7 +36,7 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
             scores = asyncio.run(served_scores(llm, report.documents))
             gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
-    except ITuneError:
+    except ExportRefusedError:
         refuse((outcome.model_path, outcome.adapter_path))
         Folder.at(stage_dir).delete(OUTCOME)  # asked again, the stage is exported again
         raise
@@ -44,9 +45,18 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
 
 
 def routes_of(job: TrainJob, outcome: TrainOutcome) -> list[tuple[str, ModelRef]]:
-    """Route -> the model to serve: the adapter over its base where vLLM takes it, and the merged model."""
+    """Route -> the model to serve: the adapter over its base where vLLM takes it, and the merged model.
+
+    An engine without room for adapters (`gate.vllm.engine.max_adapters=0`) is not asked about one.
+    """
+    takes = job.gate is None or job.gate.vllm is None or job.gate.vllm.engine.max_adapters > 0
     found: list[tuple[str, ModelRef]] = []
-    if SUPPORT[job.model.peft.name].route == "adapter" and outcome.adapter_path is not None and job.model.path:
+    if (
+        takes
+        and SUPPORT[job.model.peft.name].route == "adapter"
+        and outcome.adapter_path is not None
+        and job.model.path
+    ):
         found.append(("vllm adapter", job.model.reference().model_copy(update={"adapter": outcome.adapter_path})))
     if outcome.model_path is not None:
         found.append(("vllm merged", ModelRef(path=outcome.model_path)))

@@ -1,6 +1,7 @@
 """Every parameter-efficient method's way to vLLM, as `SUPPORT` states it: the adapter, the merged model, or a refusal.
 
-Merged models of one architecture pass through one engine, whose weights are replaced in place; adapters share another.
+Adapters share one engine. Every merged model has its own, since `reload_weights` on CPU did not give the new one
+(docs/decisions.md): two are in `make test`, the others in `make soak`.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ TOLERANCE = 1e-4
 """Nats per token, in fp32."""
 ADAPTERS = [method for method in METHODS if SUPPORT[method].route == "adapter"]
 MERGED = [method for method in METHODS if SUPPORT[method].route in ("adapter", "merged")]
+MERGED_IN_MAKE_TEST = ("dora", "bitfit")
+"""One that changes matrices, one that adds parameters."""
 REFUSED = [method for method in METHODS if method not in (*ADAPTERS, "full", "bitfit", "qlora")]
 """Methods whose adapter folder vLLM must not take; a QLoRA folder it would take, over a base it was not trained on."""
 
@@ -78,21 +81,6 @@ def over_base(base):
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def swapped(trained):
-    """An engine on the model of full training, whose weights are replaced by those of another folder."""
-    engine = started(trained("full") / "model", adapters=0)
-
-    def on(folder: Path):
-        vllm = engine._backend._engine
-        vllm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        vllm.reset_prefix_cache()
-        return engine
-
-    yield on
-    engine.close()
-
-
 def gap_of(engine, stage, loop, adapter=None):
     """vLLM against the trained model, on the documents of the stage's gate."""
     report = read_report(str(stage))
@@ -107,15 +95,11 @@ def test_an_adapter_says_what_was_trained(trained, over_base, loop, method):
     assert gap_of(over_base, stage, loop) > 10 * TOLERANCE, "the base alone says the same"
 
 
-@pytest.mark.parametrize("method", [m for m in MERGED if m != "bitfit"])
-def test_a_merged_model_says_what_was_trained(trained, swapped, loop, method):
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in MERGED_IN_MAKE_TEST else pytest.mark.soak) for m in MERGED]
+)
+def test_a_merged_model_says_what_was_trained(trained, loop, method):
     stage = trained(method)
-    engine = swapped(stage / "model")
-    assert gap_of(engine, stage, loop) < TOLERANCE
-
-
-def test_a_merged_model_with_added_biases_says_what_was_trained(trained, loop):
-    stage = trained("bitfit")
     engine = started(stage / "model", adapters=0)
     try:
         assert gap_of(engine, stage, loop) < TOLERANCE
