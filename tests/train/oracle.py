@@ -1,4 +1,4 @@
-"""An objective on the tiny model against an oracle that sees each segment alone, through plain transformers."""
+"""Oracles of objectives on the tiny model: plain transformers, which see each segment alone, and TRL's trainers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from itune_ray.data.batches import Batch, collate, model_inputs
+from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable
 from itune_ray.data.records import Record
 from itune_ray.model.logprobs import install_fused_head
@@ -88,3 +89,52 @@ def assert_same(mine: tuple[Any, ...], theirs: tuple[Any, ...], rtol: float = 1e
 
 def pair_job(folder: Path, objective: dict[str, Any], packing: bool) -> Any:
     return tiny.job(folder, objective=objective, packing=packing, batch=6, steps=1)
+
+
+def trl_steps(trainer: Any, config: Any, folder: Path, out: Path, data: list[dict[str, Any]], **settings: Any) -> Any:
+    """What one of TRL's trainers logs per step on the tiny model, in fp32 on CPU by AdamW at a constant rate.
+
+    Args:
+        trainer, config: TRL's classes.
+        data: Rows in the trainer's own format.
+        settings: Arguments of the config beside the ones that all share, or instead of them; `model` and
+            `processing_class` go to the trainer.
+    """
+    from datasets import Dataset
+
+    model = settings.pop("model", None) or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = settings.pop("processing_class", None) or tiny.tokenizer()
+    shared = {
+        "per_device_train_batch_size": len(data),
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 1e9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "report_to": [],
+        "use_cpu": True,
+        "seed": 0,
+    }
+    arguments = config(output_dir=str(out), **{**shared, **settings})
+    made = trainer(model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=words)
+    made.train()
+    return [row for row in made.state.log_history if "loss" in row]
+
+
+def trl_pairs(rows: list[Record]) -> list[dict[str, str]]:
+    """Preference rows as TRL's text: rendered prompts, and answers with their end-of-turn token; for a tokenizer
+    without a template."""
+    template = ChatRenderer(tiny.tokenizer())
+    return [
+        {
+            "prompt": template.prompt_text(row.prompt),
+            "chosen": f"{row.response}<|im_end|>",
+            "rejected": f"{row.rejected}<|im_end|>",
+        }
+        for row in rows
+    ]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracle import trl_steps
 from ranks import STRATEGIES, run_ranks
-from transformers import AutoModelForCausalLM
 
 from itune_ray.config.train import KtoConfig
 from itune_ray.data.batches import Batch, collate
@@ -147,7 +147,6 @@ def test_it_starts_at_half_the_weights_with_no_divergence(folder, tmp_path):
 def test_four_steps_equal_trls_trainer(folder, tmp_path):
     """On the same answers and the same mismatched ones; z₀ is above 0 from some step on."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
 
     class Prepared(trl.KTOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -166,31 +165,8 @@ def test_four_steps_equal_trls_trainer(folder, tmp_path):
                     "label": bool(row.columns[ROLE][index]),
                 }
             )
-    arguments = trl.KTOConfig(
-        output_dir=str(tmp_path / "trl"),
-        beta=0.3,
-        desirable_weight=1.5,
-        undesirable_weight=0.7,
-        per_device_train_batch_size=len(data),
-        max_steps=4,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-    )
-    words = tiny.tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trainer = Prepared(model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=words)
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    settings = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "max_steps": 4, "learning_rate": 3e-3}
+    theirs = trl_steps(Prepared, trl.KTOConfig, folder, tmp_path / "trl", data, **settings)
     job = kto_job(folder, steps=4, optimizer={"type": "adamw", "lr": 3e-3})
     train_local(job, records, str(tmp_path / "ours"))
     ours = read_metrics(str(tmp_path / "ours"))

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from oracle import trl_steps
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM
 
 from itune_ray.config.train import DpoConfig
 from itune_ray.data.batches import Batch, collate
+from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.loop import train_local
@@ -93,37 +94,11 @@ def test_a_packed_row_must_hold_a_pair(folder):
 def test_sft_equals_trls_trainer(folder, tmp_path):
     """Three steps of loss and gradient norm, theirs over four accumulated micro-batches of very unequal answers."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    from itune_ray.data.chat import ChatRenderer
-
-    rows, words = tiny.chats(8), tiny.tokenizer()
-    template = ChatRenderer(words)
+    rows, template = tiny.chats(8), ChatRenderer(tiny.tokenizer())
     data = [{"prompt": template.prompt_text(r.prompt), "completion": f"{r.response}<|im_end|>"} for r in rows]
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        max_steps=3,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trainer = trl.SFTTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tiny.tokenizer(None)
-    )
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    bare = {"processing_class": tiny.tokenizer(None)}
+    theirs = trl_steps(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path / "trl", data, **parts, **bare)
     train_local(tiny.job(folder, batch=8, clip_norm=None), rows, str(tmp_path / "ours"))
     ours = read_metrics(str(tmp_path / "ours"))
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from oracle import assert_same, batch_of, oracle, ours, pair_job
+from oracle import assert_same, batch_of, oracle, ours, pair_job, trl_pairs, trl_steps
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -189,48 +189,9 @@ LOSSES = {
 def test_three_steps_equal_trls_trainer(folder, tmp_path, name):
     """Loss and gradient norm; from the second step on the policy is no longer its reference."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    from itune_ray.data.chat import ChatRenderer
-
     objective, settings, beta = LOSSES[name]
-    rows, words = tiny.pairs(8), tiny.tokenizer()
-    template = ChatRenderer(words)
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": template.prompt_text(row.prompt),
-                "chosen": f"{row.response}<|im_end|>",
-                "rejected": f"{row.rejected}<|im_end|>",
-            }
-            for row in rows
-        ]
-    )
-    words.chat_template = None
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        beta=beta,
-        per_device_train_batch_size=8,
-        max_steps=3,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-        **settings,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=data, processing_class=words)
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    rows, settings = tiny.pairs(8), {**settings, "beta": beta, "processing_class": tiny.tokenizer(None)}
+    theirs = trl_steps(trl.DPOTrainer, trl.DPOConfig, folder, tmp_path / "trl", trl_pairs(rows), **settings)
     train_local(
         tiny.job(folder, objective=objective, steps=3, batch=8, packing=True, clip_norm=None), rows, str(tmp_path / "o")
     )

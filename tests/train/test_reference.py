@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
+from oracle import trl_pairs, trl_steps
 from ranks import run_ranks
 
 from itune_ray.data.records import Record
@@ -174,46 +174,8 @@ def test_pairs_with_equal_answers_are_one_line(folder, tmp_path):
 def test_loss_and_gradient_equal_trls(folder, tmp_path):
     """One step of TRL's DPOTrainer on the same pairs: loss, and the gradient's norm."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    from itune_ray.data.chat import ChatRenderer
-
-    rows, words = pairs(8), tiny.tokenizer()
-    template = ChatRenderer(words)
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": template.prompt_text(row.prompt),
-                "chosen": f"{row.response}<|im_end|>",
-                "rejected": f"{row.rejected}<|im_end|>",
-            }
-            for row in rows
-        ]
-    )
-    words.chat_template = None
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        beta=0.3,
-        per_device_train_batch_size=8,
-        max_steps=3,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=data, processing_class=words)
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    rows, settings = pairs(8), {"beta": 0.3, "processing_class": tiny.tokenizer(None)}
+    theirs = trl_steps(trl.DPOTrainer, trl.DPOConfig, folder, tmp_path / "trl", trl_pairs(rows), **settings)
     job = dpo_job(folder, steps=3, packing=False, micro_batch=8, clip_norm=None)
     train_local(job, rows, str(tmp_path / "ours"))
     ours = read_metrics(str(tmp_path / "ours"))

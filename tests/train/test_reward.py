@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from oracle import trl_steps
 from ranks import STRATEGIES, run_ranks
 from transformers import AutoModelForSequenceClassification
 
@@ -68,39 +69,15 @@ def reward_folder(folder: Path, out: Path) -> Path:
 def test_three_steps_equal_trls_trainer(folder, tmp_path):
     """Loss and gradient norm, with margins and centred rewards, from a model that has its head."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
     start = reward_folder(folder, tmp_path / "start")
     rows = [replace(row, meta={"lead": 0.25 * (row.position % 3)}) for row in tiny.pairs(8)]
     data = [
         {"chosen_ids": chosen, "rejected_ids": rejected, "margin": row.meta["lead"]}
         for row, (chosen, rejected) in ((row, texts(row)) for row in rows)
     ]
-    arguments = trl.RewardConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=8,
-        center_rewards_coefficient=0.1,
-        max_steps=3,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        seed=0,
-        disable_dropout=True,
-    )
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
-    trainer = trl.RewardTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tiny.tokenizer()
-    )
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    settings = {"center_rewards_coefficient": 0.1, "disable_dropout": True, "model": model}
+    theirs = trl_steps(trl.RewardTrainer, trl.RewardConfig, start, tmp_path / "trl", data, **settings)
     objective = {**REWARD, "margin": "lead", "center": 0.1}
     train_local(reward_job(start, objective=objective, micro_batch=2), rows, str(tmp_path / "ours"))
     ours = read_metrics(str(tmp_path / "ours"))
