@@ -166,21 +166,20 @@ class _ChunkedScores(torch.autograd.Function):
     ) -> Any:
         head = _Head(hidden, weight)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        lse, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        entropy = torch.empty_like(log_probs)
         at = None if ids is None else log_probs.new_empty(ids.shape)
         tail = None if ids is None else torch.empty_like(log_probs)
         chunks, kept = _chunks(hidden, weight.shape[0]), None
         for rows in chunks:
-            z = transform(head.logits(hidden[rows]))
-            lse[rows] = z.logsumexp(-1)
-            log_probs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            log_p = transform(head.logits(hidden[rows])).log_softmax(-1)
+            log_probs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
             if ids is not None and at is not None and tail is not None:
-                at[rows] = z.gather(-1, ids[rows]) - lse[rows, None]
-                tail[rows] = _others(z, ids[rows]).logsumexp(-1) - lse[rows]
-            p = (z - lse[rows, None]).exp_()
+                at[rows] = log_p.gather(-1, ids[rows])
+                tail[rows] = _others(log_p, ids[rows]).logsumexp(-1)
+            p = log_p.exp()
             kept = p if len(chunks) == 1 and transform == IDENTITY else None
-            entropy[rows] = lse[rows] - z.mul_(p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids, tail, kept)
+            entropy[rows] = -torch.linalg.vecdot(p, log_p)
+        ctx.save_for_backward(hidden, weight, targets, entropy, ids, tail, kept)
         ctx.transform = transform
         ctx.set_materialize_grads(False)
         return log_probs, entropy, at, tail
@@ -212,9 +211,9 @@ def _target_gradient(p: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
 def _logit_gradient(ctx: Any, raw: Tensor, rows: slice, grads: Sequence[Tensor | None]) -> Tensor:
     """Gradient at h Wᵀ of a chunk, from those of all scores."""
     grad_log_probs, grad_entropy, grad_at, grad_tail = grads
-    _, _, targets, lse, entropy, ids, tail, _ = ctx.saved_tensors
+    _, _, targets, entropy, ids, tail, _ = ctx.saved_tensors
     z = ctx.transform(raw)
-    log_p = z - lse[rows, None]
+    log_p = z.log_softmax(-1)
     p = log_p.exp()
     grad = torch.zeros_like(z) if grad_log_probs is None else _target_gradient(p, targets[rows], grad_log_probs[rows])
     if grad_entropy is not None:
