@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from itune_ray.engine.pool import EngineHost
+from itune_ray.engine.host import EngineHost
 from itune_ray.errors import ModelError
 from itune_ray.train.gate import read_report
 from itune_ray.train.loop import train_local
