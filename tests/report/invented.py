@@ -91,9 +91,8 @@ class FinishedRun:
 
     def add(self, stage: str, kind: str, job: Job, **facts: Any) -> Artifact:
         artifact = self.store.artifact(stage, kind, job)
-        artifact.started -= facts.pop("took", 1.0)
         self.paths.append(artifact.path())
-        artifact.finish(**facts)
+        artifact.finish(seconds=facts.pop("took", 1.0), **facts)
         return artifact
 
     def evaluate(self, stage: str, models: list[str], benchmarks: list[Invented], took: float, **only: Any) -> Artifact:
