@@ -12,6 +12,7 @@
   Neither checks its candidates as this project does; `false` are the candidates of the sample that are no such pairs.
 - scale: a tenth of the rows, then all: Alpaca repeated with word edits through exact and near deduplication and
   language tags.
+- dedup: near and exact deduplication alone of all those rows, in one process; not run unless asked for.
 
 Rows per second are those of the whole command, the start of Python and Ray included; memory is the largest sum over
 the command and its children of what each holds, shared pages divided among them (PSS).
@@ -21,10 +22,12 @@ import argparse
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -40,7 +43,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from itune_ray.data.dedup import TEXT_SCHEMA, NearSettings, near_duplicates
+from itune_ray.data.dedup import TEXT_SCHEMA, NearSettings, exact_duplicates, near_duplicates
 from itune_ray.data.minhash import (
     band_hashes,
     candidate_pairs,
@@ -389,6 +392,26 @@ def scale_part(root: Path, most: int) -> None:
         say("scale", **took, of_first=took["rows_per_s"] / first)
 
 
+def dedup_part(most: int) -> None:
+    """CPU seconds and peak memory (resident set) of the two, the texts as a table included."""
+    parts: list[pa.Table] = []
+    texts = map(full_text, edited(alpaca_rows(), most))
+    while part := list(itertools.islice(texts, 4096)):
+        first = sum(map(len, parts))
+        parts.append(pa.table({"id": range(first, first + len(part)), "text": part}, schema=TEXT_SCHEMA))
+    table = pa.concat_tables(parts)
+    before = _resident()
+    near, took = timed(lambda: near_duplicates(table, NEAR))
+    say("dedup", kind="near", rows=most, **took, dropped=len(near), before_gb=before, peak_gb=_resident())
+    exact, took = timed(lambda: exact_duplicates(table, 1))
+    say("dedup", kind="exact", rows=most, **took, dropped=len(exact), peak_gb=_resident())
+
+
+def _resident() -> float:
+    """The most that this process ever held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def main() -> None:
     """The parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -405,6 +428,8 @@ def main() -> None:
             near_part(arguments.sample)
         if "scale" in parts:
             scale_part(root, arguments.rows)
+        if "dedup" in parts:
+            dedup_part(arguments.rows)
 
 
 if __name__ == "__main__":
