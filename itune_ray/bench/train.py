@@ -25,6 +25,8 @@ from itune_ray.observe.progress import Progress
 
 Say = Callable[[str], None]
 POLL_S = 0.01
+PAIRS = 128
+"""The most pairs of the part `dpo`, each of which both sides first score by the reference; steps take them in turn."""
 
 
 def run(job: BenchJob, runs: RunStore, stage: str, engines: EngineHost, progress: Progress) -> Artifact:
@@ -87,6 +89,8 @@ def _environment(bench: TrainBench) -> dict[str, str]:
 
 def _against_peer(bench: TrainBench, method: Method, folder: Path, logs: Path, seed: int, say: Say) -> dict[str, Any]:
     """Turns of the loop and of the peer at its best number of rows."""
+    if method == "dpo":
+        bench = bench.model_copy(update={"documents": min(bench.documents, PAIRS)})
     inputs = write_inputs(bench, folder, method == "dpo", seed)
     candidates = bench.peer_micro_batches[method]
     steps = bench.rounds * max(bench.steps, bench.peer_steps) + 2 * len(candidates) + 10

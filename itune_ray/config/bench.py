@@ -48,7 +48,7 @@ class TrainBench(Schema):
     """Steps of our turn."""
     peer_steps: Positive = 1
     """Steps of the peer's turn."""
-    ray_steps: Positive = 12
+    ray_steps: Positive = 8
     """Steps of each run of the part `ray`, of which there are two on each side."""
     vocabulary: Positive = 128_256
     """Of the part `memory`."""
