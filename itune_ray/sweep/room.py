@@ -5,8 +5,8 @@ from typing import Any
 
 from ray import tune
 
+from itune_ray.config.strategies import TrainWorkers
 from itune_ray.config.sweep import SweepJob
-from itune_ray.config.train import TrainWorkers
 from itune_ray.engine.host import EngineHost
 from itune_ray.engine.pool import resources_of
 from itune_ray.observe.progress import Progress

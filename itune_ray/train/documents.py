@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from itune_ray.config.train import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig, TrainJob
+from itune_ray.config.objectives import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig
+from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, TemplateRewritesHistory, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
 from itune_ray.data.records import UNSAFE, Record, row_seed

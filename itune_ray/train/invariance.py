@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from itune_ray.config.objectives import SftConfig
 from itune_ray.config.shared import ModelRef
-from itune_ray.config.train import DdpConfig, SftConfig
+from itune_ray.config.strategies import DdpConfig
 from itune_ray.data.batches import Batch, collate, join, model_inputs
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.order import PackedRow

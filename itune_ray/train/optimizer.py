@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from itune_ray.config.train import AdamwConfig, MuonConfig, OptimizerConfig
+from itune_ray.config.optimizer import AdamwConfig, MuonConfig, OptimizerConfig
 from itune_ray.errors import TrainError
 from itune_ray.model.reward import reward_head
 from itune_ray.model.sharding import full_shape

@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from itune_ray.config.train import SftConfig, TrainedModel, TrainJob
+from itune_ray.config.objectives import SftConfig
+from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import IGNORED, Batch, collate
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import local_model_folder

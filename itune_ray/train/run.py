@@ -15,7 +15,8 @@ import pyarrow as pa
 import ray
 
 from itune_ray import cluster, room
-from itune_ray.config.train import TrainJob, TrainWorkers
+from itune_ray.config.strategies import TrainWorkers
+from itune_ray.config.train import TrainJob
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.data.ledger import Funnel, Outcome

@@ -2,7 +2,7 @@
 
 import math
 
-from itune_ray.config.train import ScheduleConfig
+from itune_ray.config.optimizer import ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, step: int, total: int) -> float:

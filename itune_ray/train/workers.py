@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from itune_ray import room
-from itune_ray.config.train import TrainJob, TrainWorkers
+from itune_ray.config.strategies import TrainWorkers
+from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ITuneError, TrainError
 from itune_ray.observe.watch import explained_by

@@ -6,7 +6,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from itune_ray.config.adaptation import STRATEGY_NAMES, SUPPORT, PeftConfig, PeftMethod, refusal, support_table
-from itune_ray.config.train import DdpConfig, DeepspeedConfig, Fsdp2Config, TrainJob
+from itune_ray.config.strategies import DdpConfig, DeepspeedConfig, Fsdp2Config
+from itune_ray.config.train import TrainJob
 
 DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
 

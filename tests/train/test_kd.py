@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch.nn.functional import kl_div
 
-from itune_ray.config.train import KdConfig
+from itune_ray.config.objectives import KdConfig
 from itune_ray.data.batches import Batch
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.records import Record, TopK

@@ -11,7 +11,7 @@ import torch
 from oracle import trl_steps
 from ranks import STRATEGIES, run_ranks
 
-from itune_ray.config.train import KtoConfig
+from itune_ray.config.objectives import KtoConfig
 from itune_ray.data.batches import Batch, collate
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed

@@ -8,7 +8,7 @@ import torch
 from oracle import trl_steps
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import DpoConfig
+from itune_ray.config.objectives import DpoConfig
 from itune_ray.data.batches import Batch, collate
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable

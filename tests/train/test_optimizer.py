@@ -3,7 +3,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from itune_ray.config.train import AdamwConfig, MuonConfig, ScheduleConfig
+from itune_ray.config.optimizer import AdamwConfig, MuonConfig, ScheduleConfig
 from itune_ray.errors import TrainError
 from itune_ray.train.loop import train_local
 from itune_ray.train.metrics import read_metrics

@@ -12,7 +12,8 @@ from oracle import assert_same, batch_of, oracle, ours, pair_job, trl_pairs, trl
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import IpoConfig, RobustConfig, SimpoConfig, TrainJob
+from itune_ray.config.objectives import IpoConfig, RobustConfig, SimpoConfig
+from itune_ray.config.train import TrainJob
 from itune_ray.data.batches import Batch, collate
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.loop import train_local

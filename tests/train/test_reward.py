@@ -13,7 +13,8 @@ from oracle import trl_steps
 from ranks import STRATEGIES, run_ranks
 from transformers import AutoModelForSequenceClassification
 
-from itune_ray.config.train import RewardConfig, TrainJob
+from itune_ray.config.objectives import RewardConfig
+from itune_ray.config.train import TrainJob
 from itune_ray.data.batches import Batch, collate
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable
@@ -223,7 +224,7 @@ def test_padding_that_ends_texts_is_not_given_to_transformers():
 
 
 def test_muon_leaves_the_head_to_adamw(folder, tmp_path):
-    from itune_ray.config.train import MuonConfig
+    from itune_ray.config.optimizer import MuonConfig
     from itune_ray.train.optimizer import build_optimizers
 
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)

@@ -10,7 +10,7 @@ import torch
 from oracle import assert_same, batch_of, oracle, ours
 from torch import Tensor
 
-from itune_ray.config.train import RrhfConfig
+from itune_ray.config.objectives import RrhfConfig
 from itune_ray.data.batches import Batch, collate
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import SCORE, SEGMENTS

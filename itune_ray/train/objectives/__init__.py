@@ -2,7 +2,7 @@
 
 import importlib
 
-from itune_ray.config.train import ObjectiveConfig
+from itune_ray.config.objectives import ObjectiveConfig
 from itune_ray.train.objectives.base import Objective
 
 OBJECTIVES = {

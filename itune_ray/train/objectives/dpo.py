@@ -14,7 +14,7 @@ policy before its first step, so the loss starts at log 2. Two variants need no 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import DpoConfig
+from itune_ray.config.objectives import DpoConfig
 from itune_ray.data.batches import Batch
 from itune_ray.train.objectives.pairs import REFERENCE, Pairwise, log_ratios
 

@@ -9,7 +9,7 @@ without bound as in DPO. At θ = θ_ref it is 1/(4τ²).
 
 from torch import Tensor
 
-from itune_ray.config.train import IpoConfig
+from itune_ray.config.objectives import IpoConfig
 from itune_ray.data.batches import Batch
 from itune_ray.train.objectives.pairs import REFERENCE, Pairwise, log_ratios, segment_lengths
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from itune_ray.config.train import KdConfig
+from itune_ray.config.objectives import KdConfig
 from itune_ray.data.batches import IGNORED, Batch
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import TEACHER_IDS, TEACHER_LOG_PROBS

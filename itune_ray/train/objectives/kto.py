@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from itune_ray.config.train import KtoConfig
+from itune_ray.config.objectives import KtoConfig
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow
 from itune_ray.model.logprobs import TokenScores

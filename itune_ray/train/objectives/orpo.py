@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import OrpoConfig
+from itune_ray.config.objectives import OrpoConfig
 from itune_ray.data.batches import Batch
 from itune_ray.train.objectives.pairs import Pairwise, segment_lengths
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from itune_ray.config.train import RewardConfig
+from itune_ray.config.objectives import RewardConfig
 from itune_ray.data.batches import Batch
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import MARGIN

@@ -9,7 +9,7 @@ a pair that is right by far takes it below zero, without bound.
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import RobustConfig
+from itune_ray.config.objectives import RobustConfig
 from itune_ray.data.batches import Batch
 from itune_ray.train.objectives.pairs import REFERENCE, Pairwise, log_ratios
 

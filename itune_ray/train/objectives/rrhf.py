@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from itune_ray.config.train import RrhfConfig
+from itune_ray.config.objectives import RrhfConfig
 from itune_ray.data.batches import Batch
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.documents import SCORE, SEGMENTS

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from itune_ray.config.train import SftConfig
+from itune_ray.config.objectives import SftConfig
 from itune_ray.data.batches import IGNORED, Batch
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.objectives.base import Loss, Metric

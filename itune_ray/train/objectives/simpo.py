@@ -9,7 +9,7 @@ likely per token give log(1 + exp γ).
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from itune_ray.config.train import SimpoConfig
+from itune_ray.config.objectives import SimpoConfig
 from itune_ray.data.batches import Batch
 from itune_ray.train.objectives.pairs import Pairwise, segment_lengths
 

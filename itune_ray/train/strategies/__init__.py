@@ -3,7 +3,7 @@
 import importlib
 from typing import Literal
 
-from itune_ray.config.train import StrategyConfig
+from itune_ray.config.strategies import StrategyConfig
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 

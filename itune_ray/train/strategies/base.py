@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from itune_ray.config.train import OptimizerConfig
+from itune_ray.config.optimizer import OptimizerConfig
 from itune_ray.model.sharding import whole
 from itune_ray.train.optimizer import Optimizers
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from itune_ray.config.train import DdpConfig, OptimizerConfig
+from itune_ray.config.optimizer import OptimizerConfig
+from itune_ray.config.strategies import DdpConfig
 from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers, build_optimizers
 from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from itune_ray.config.train import DeepspeedConfig, OptimizerConfig
+from itune_ray.config.optimizer import OptimizerConfig
+from itune_ray.config.strategies import DeepspeedConfig
 from itune_ray.model.load import parameters_on_meta
 from itune_ray.model.sharding import Run, full_shape
 from itune_ray.train.optimizer import Optimizers, build_optimizers

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from itune_ray.config.train import Fsdp2Config, OptimizerConfig
+from itune_ray.config.optimizer import OptimizerConfig
+from itune_ray.config.strategies import Fsdp2Config
 from itune_ray.errors import TrainError
 from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers, build_optimizers
