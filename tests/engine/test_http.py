@@ -173,11 +173,11 @@ def test_no_answer_in_time_may_be_asked_again(endpoint):
 
 
 def test_requests_keep_their_rate(endpoint):
+    began = time.monotonic()
     ask(endpoint, *(chat(f"q {i}") for i in range(30)), requests_per_minute=600)
-    first = endpoint.times[0]
     for second in (1, 2):  # ten a second, and a second's worth at once
-        assert sum(t - first < second for t in endpoint.times) <= 10 * (second + 1) + 1
-    assert endpoint.times[-1] - first >= 1.9
+        assert sum(t - began < second for t in endpoint.times) <= 10 * (second + 1) + 1
+    assert endpoint.times[-1] - began >= 1.9
 
 
 def test_tokens_keep_their_rate_by_what_was_used(endpoint):
