@@ -121,14 +121,14 @@ def test_a_mean_of_means_is_caught(figures, folder, tmp_path, monkeypatch):
         own = {term: max(1.0, float(count)) for term, count in self.objective.units(self.last).items()}
         return sum(c * loss.terms[term] / own[term] for term, c in self.objective.coefficients.items()) / 4
 
-    forward = Stepper._forward
+    scores = Stepper.scores
 
     def remember(self, batch):
         object.__setattr__(self, "last", batch)
-        return forward(self, batch)
+        return scores(self, batch)
 
     monkeypatch.setattr(Stepper, "_scaled", mean_of_means)
-    monkeypatch.setattr(Stepper, "_forward", remember)
+    monkeypatch.setattr(Stepper, "scores", remember)
     job = job_of(folder, "sft", "ddp", 1, 4, False)
     train_local(job, tiny.chats(2 * BATCH), str(tmp_path))
     wrong = [(row["loss"], row["grad_norm"]) for row in read_metrics(str(tmp_path))]
