@@ -22,7 +22,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.model.merge import merged_tensors, stored_tensors
 from itune_ray.model.peft.saved import CONFIG_FILE, adapter_settings, adapter_tensors, has_adapter, is_mergeable
 from itune_ray.model.reward import HEAD, HEAD_WEIGHT, own_padding, reward_head
-from itune_ray.model.sharding import full_shape, whole
+from itune_ray.model.sharding import full_shape, reshard, whole
 
 SHARD_BYTES = 4 * 2**30
 
@@ -38,6 +38,7 @@ def export_trained(
 ) -> tuple[str | None, str | None]:
     """Write `model/` (adapter merged, where it can be) and, after adapter training, `adapter/`; returns both paths.
     Collective."""
+    reshard(model)
     stage = Folder.at(stage_dir)
     model_path, adapter_path = None, None
     if has_adapter(model):

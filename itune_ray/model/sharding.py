@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +34,14 @@ def whole(tensor: Tensor) -> Tensor:
         return _joined(tensor, run).cpu()
     detached: Any = tensor.detach()
     return (detached.full_tensor() if isinstance(tensor, DTensor) else detached).cpu()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the full weights that a forward pass without a backward one left gathered under FSDP2, so that parameters
+    are the shards again, tied ones one object."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _joined(parameter: Any, run: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from methods import METHODS
+from methods import METHODS, rows
+from methods import settings as of_method
 
 from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
@@ -58,9 +59,7 @@ def trained(base, tmp_path_factory):
             torch.set_num_threads(1)
             made[method] = tmp_path_factory.mktemp(method)
             settings = {"steps": 3, "batch": 8, "gate": {"prompts": 3}, "optimizer": {"type": "adamw", "lr": 0.02}}
-            train_local(
-                tiny.job(base, **{**settings, "model.peft": METHODS[method]}), tiny.chats(24), str(made[method])
-            )
+            train_local(tiny.job(base, **{**settings, **of_method(method)}), rows(method, 24), str(made[method]))
         return made[method]
 
     return of
