@@ -111,7 +111,8 @@ def test_a_side_that_dies_is_told_of_with_its_last_line(tmp_path):
         side.turn(1)
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_tiny_bench_against_trl(method, tmp_path):
     from itune_ray.bench.run import run
 

@@ -36,6 +36,7 @@ def task(path, word: str) -> dict:
     }
 
 
+@pytest.mark.soak
 @pytest.mark.real
 @pytest.mark.timeout(600)
 def test_each_stage_starts_from_the_last_and_replays_what_came_before(tmp_path):

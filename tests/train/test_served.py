@@ -12,7 +12,7 @@ from itune_ray.train.loop import train_local
 from itune_ray.train.outcome import write_outcome
 from itune_ray.train.served import check_served
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.soak]
 ENGINE = {"engine": {"type": "vllm", "max_adapters": 1, "max_adapter_rank": 8, "kv_cache_gb": 0.05}}
 
 
