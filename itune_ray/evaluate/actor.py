@@ -56,7 +56,7 @@ class EvalActors:
             num_gpus=workers.gpus_each,
             resources=workers.resources_each,
             max_restarts=3,
-            max_task_retries=3,
+            max_task_retries=-1,  # the restarts are the bound: while a lost node is not known lost, calls fail at once
             max_concurrency=SHARDS_IN_FLIGHT,
         )
         self._actors: list[Any] = [factory.remote(arguments) for _ in range(workers.num)]

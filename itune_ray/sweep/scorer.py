@@ -113,7 +113,7 @@ class Scorers:
             num_gpus=workers.gpus_each,
             resources=workers.resources_each,
             max_restarts=3,
-            max_task_retries=3,
+            max_task_retries=-1,  # the restarts are the bound: while a lost node is not known lost, calls fail at once
             max_concurrency=TRIALS_AT_ONCE,
         )
         self._arguments = (ray.put(clients), ray.put(evaluate))  # held here: an actor that died begins with them again
