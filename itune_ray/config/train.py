@@ -233,12 +233,23 @@ class TrainJob(Job):
             raise ValueError(
                 "reptile needs weights that nothing else rewrites: take strategy ddp or fsdp2, and no adalora"
             )
+        elastic = self.workers.fewest < self.workers.most
+        if elastic and self.strategy.type == "fsdp2" and self.strategy.shard_over != "all":
+            raise ValueError(
+                f"strategy.shard_over {self.strategy.shard_over} needs a fixed number of workers, since others may be "
+                "no multiple of it: set shard_over=all, or one workers.num"
+            )
         if (reason := refusal(self.model.peft, self.strategy)) is not None:
             raise ValueError(reason)
         if self.images is not None:
             seen = self.packing, self.objective.type, self.model.peft.type, self.images.trained
             if (reason := images_refusal(*seen, fresh=self.model.path is None)) is not None:
                 raise ValueError(reason)
+            if self.router_loss is not None:
+                raise ValueError("router_loss is of models of text alone: leave it out with images")
+        scores = self.objective.type in ("reward", "classify")
+        if self.gate is not None and self.gate.vllm is not None and (scores or self.images is not None):
+            raise ValueError("gate.vllm compares log-probabilities of text: leave it out with images or a scalar head")
         if self.gate is not None and self.gate.vllm is not None and SUPPORT[self.model.peft.name].route == "none":
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from itune_ray.config.curate import HashedEmbedder
 from itune_ray.config.filters.base import ModelEmbedder
+from itune_ray.engine.base import PoolDownError
 from itune_ray.errors import DataError, GenerationError, ITuneError
 
 Vectors = NDArray[np.float64]
@@ -83,6 +84,8 @@ async def _embed(texts: Sequence[str], engine: Embedding, errors: list[ITuneErro
     """A batch that is refused is halved until the text at fault is alone."""
     try:
         return [*await engine.embed(texts)]
+    except PoolDownError:
+        raise  # no text is at fault
     except ITuneError as error:
         errors.append(error)
         if len(texts) == 1:

@@ -10,8 +10,11 @@ from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.curate.embeddings import Vectors
 from itune_ray.data.fingerprint import content_identity
 from itune_ray.data.storage import Folder
+from itune_ray.engine.base import PoolDownError
 from itune_ray.errors import GenerationError
 
+TEXTS_PER_PART = 4096
+"""Texts that are embedded and then stored together: what a kill can cost."""
 Embed = Callable[[Sequence[str]], Vectors]
 """Unit vectors of texts, by the model; all NaN for a text that it refuses."""
 SCHEMA = pa.schema([("text", pa.string()), ("vector", pa.list_(pa.float64()))])
@@ -38,16 +41,24 @@ class VectorStore:
         keys = [digest(text, length=32) for text in texts]
         known = self._read(set(keys))
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        if missing:
+        refused: list[str] = []
+        why: GenerationError | None = None
+        todo = list(missing.items())
+        for start in range(0, len(todo), TEXTS_PER_PART):
+            asked = dict(todo[start : start + TEXTS_PER_PART])
             try:
-                made = embed(list(missing.values()))
-            except GenerationError:
-                if not known:
-                    raise
-                made = np.full((len(missing), len(next(iter(known.values())))), np.nan)  # of what is left, all refused
-            found = dict(zip(missing, made, strict=True))
+                found = dict(zip(asked, embed(list(asked.values())), strict=True))
+            except PoolDownError:
+                raise
+            except GenerationError as error:  # each of them is refused
+                refused, why = [*refused, *asked], error
+                continue
             self._write({key: vector for key, vector in found.items() if np.isfinite(vector).all()})
             known |= found
+        if why is not None:
+            if not known:
+                raise why
+            known |= dict.fromkeys(refused, np.full(len(next(iter(known.values()))), np.nan))
         return np.array([known[key] for key in keys]) if keys else np.empty((0, 0))
 
     def _read(self, wanted: set[str]) -> dict[str, Vectors]:

@@ -130,8 +130,9 @@ def _distinct(found: list[Hashes], num_texts: int) -> ShingleSets:
     """Sets of the numbers text·2⁵² + hash."""
     ordered_S = np.sort(np.concatenate(found)) if found else np.empty(0, np.uint64)
     ordered_S = ordered_S[np.r_[True, ordered_S[1:] != ordered_S[:-1]]] if len(ordered_S) else ordered_S
-    bounds = np.arange(num_texts + 1, dtype=np.uint64) << np.uint64(HASH_BITS)
-    return ShingleSets(ordered_S & _HASH, np.searchsorted(ordered_S, bounds).astype(np.int64))
+    # The end of the last set has no bound of its own: with a full chunk it would be 2⁶⁴.
+    starts = np.searchsorted(ordered_S, np.arange(num_texts, dtype=np.uint64) << np.uint64(HASH_BITS))
+    return ShingleSets(ordered_S & _HASH, np.r_[starts, len(ordered_S)].astype(np.int64))
 
 
 def _codes(texts: list[str]) -> NDArray[Any]:

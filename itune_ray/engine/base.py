@@ -105,6 +105,10 @@ class EngineDiedError(GenerationError):
     """The engine itself is gone, with all it was working on; the same requests may succeed on another."""
 
 
+class PoolDownError(GenerationError):
+    """No replica answers: they kept dying, could not be started, or took too long. Says nothing of what was asked."""
+
+
 class Llm(Protocol):
     """What a recipe sees: chats in, completions out, for one model."""
 

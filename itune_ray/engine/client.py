@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from itune_ray.config.shared import ModelRef, PoolConfig
 from itune_ray.data.fingerprint import named
-from itune_ray.engine.base import Completion, EngineDiedError, Request, Sampling
+from itune_ray.engine.base import Completion, EngineDiedError, PoolDownError, Request, Sampling
 from itune_ray.engine.line import ActorHandle, Line, LineDownError, one_line, result
 from itune_ray.engine.llm import EngineLlm
 from itune_ray.engine.routing import Router
@@ -78,7 +78,7 @@ class PoolClient:
             raise LineDownError(one_line(error)) from None
         except TimeoutError:
             ray.cancel(asked)
-            raise GenerationError(await self._too_late(index), got=self.model, knob="pool.request_timeout_s") from None
+            raise PoolDownError(await self._too_late(index), got=self.model, knob="pool.request_timeout_s") from None
 
     def llm(self, sampling: Sampling, seed: int = 0, stage: str = "", adapter: str | None = None) -> EngineLlm:
         """What recipes, judges and benchmarks call.
@@ -115,7 +115,7 @@ class PoolClient:
             deaths += 1
             self._route_around(router, index, reason)
             if deaths > self._config.max_restarts:
-                raise GenerationError(
+                raise PoolDownError(
                     f"{deaths} replicas died under the same request: {reason}", got=what, knob="pool.max_restarts"
                 )
 
@@ -157,7 +157,7 @@ class PoolClient:
             if len(self._dead) == len(self._replicas):
                 last = f"; then: {error}" if str(error) else ""
                 what = f"every replica of the pool is dead: {reason}{last}"
-                router.close(GenerationError(what, got=self.model, knob="pool.max_restarts"))
+                router.close(PoolDownError(what, got=self.model, knob="pool.max_restarts"))
             return
         del self._reviving[index]
         router.mark(index, up=True)

@@ -66,7 +66,8 @@ class HttpEngine:
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One vector per text, by the endpoint's embeddings."""
         response = await self._client.embeddings.create(model=self._model, input=list(texts))
-        self._embedded += response.usage.total_tokens
+        usage: Any = getattr(response, "usage", None)  # some endpoints do not tell
+        self._embedded += 0 if usage is None else usage.total_tokens
         return [list(item.embedding) for item in sorted(response.data, key=lambda item: item.index)]
 
     def take_embedded(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from itune_ray.config.base import digest
 from itune_ray.config.shared import ServedModel, VllmEngineConfig
 from itune_ray.data.fingerprint import content_identity
+from itune_ray.engine.base import PoolDownError
 from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, cause_of
 from itune_ray.engine.line import ActorHandle, one_line
 from itune_ray.engine.replica import Replica, ReplicaInfo
@@ -153,7 +154,7 @@ class Pool:
         if isinstance(error, RayTaskError):
             return cause_of(error)
         what = f"an engine's process died while it loaded the model: {one_line(error)}"
-        return GenerationError(what, got=self.served.model.path)
+        return PoolDownError(what, got=self.served.model.path)
 
     def _give_up(self, numbers: Collection[int], why: str) -> None:
         before = self.size
@@ -241,7 +242,7 @@ class Pool:
         except RayTaskError as error:
             raise cause_of(error) from None
         except (RayActorError, TimeoutError) as error:
-            raise GenerationError(
+            raise PoolDownError(
                 f"an engine did not {verb}: {one_line(error)}", got=self.model, knob="run.placement"
             ) from None
 

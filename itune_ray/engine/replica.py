@@ -200,7 +200,8 @@ class Replica:
                 self._end(error)
                 raise
             self._prompt_tokens += len(completion.prompt_token_ids)
-            self._tokens += sum(len(sample.token_ids) for sample in completion.samples)
+            written = {id(sample): sample for sample in completion.samples}  # n greedy samples are one, given n times
+            self._tokens += sum(len(sample.token_ids) for sample in written.values())
             return completion
 
     def _end(self, error: EngineDiedError) -> None:

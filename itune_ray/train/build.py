@@ -98,7 +98,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
             knob="packing",
         )
     (install_reward_head if scalar(job) else install_fused_head)(model)
-    router_weight = 0.0 if scalar(job) else router_loss_weight(model, job.router_loss)
+    router_weight = 0.0 if scalar(job) or job.images is not None else router_loss_weight(model, job.router_loss)
     masking = masking_for(model)
     if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):
         raise TrainError(

@@ -103,8 +103,9 @@ def check_written(
         ExportRefusedError: They differ by more than the tolerance; both folders are gone then.
     """
     merged, adapter = (None if path is None else _local(path) for path in paths)
-    # A QLoRA adapter belongs to the rounded base, which is nowhere but in model/.
-    alone = job.model.path is not None and job.model.peft.type != "qlora"
+    # A QLoRA adapter belongs to the rounded base, and one with added tokens to a base that has rows for them: both are
+    # nowhere but in model/.
+    alone = job.model.path is not None and job.model.peft.type != "qlora" and not job.model.added_tokens
     base = local_model_folder(job.model.reference()).path if alone and adapter is not None else None
     routes = written_scores(
         documents,

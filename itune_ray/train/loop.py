@@ -251,7 +251,7 @@ class Loop:
     def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
-        watch = Divergence(self._job.divergence) if log is not None and self._job.divergence is not None else None
+        watch = self._watch()
         validation, held_out = self._validation(start)
         row: Row = {}
         saved: Row = {}
@@ -275,6 +275,13 @@ class Loop:
                 if log is not None:
                     log.flush()
         return row or (log.last() if log is not None else {})
+
+    def _watch(self) -> Divergence | None:
+        """On every rank, which all see the same loss, so that none is left waiting. Not where the order itself makes
+        the loss rise: easy rows or one task first."""
+        job = self._job
+        rises = job.curriculum is not None or job.reptile is not None
+        return None if job.divergence is None or rises else Divergence(job.divergence)
 
     def _filled(self, step: int) -> Row:
         """Share of the packed rows' places that hold a token."""

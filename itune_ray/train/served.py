@@ -56,6 +56,7 @@ def routes_of(job: TrainJob, outcome: TrainOutcome) -> list[tuple[str, ModelRef]
         and SUPPORT[job.model.peft.name].route == "adapter"
         and outcome.adapter_path is not None
         and job.model.path
+        and not job.model.added_tokens
     ):
         found.append(("vllm adapter", job.model.reference().model_copy(update={"adapter": outcome.adapter_path})))
     if outcome.model_path is not None:

@@ -227,8 +227,8 @@ class _Mlflow:
 
     def log(self, step: int, numbers: Numbers) -> None:
         now = int(time.time() * 1000)
-        for name, value in numbers.items():
-            self._client.log_metric(self._id, name, value, timestamp=now, step=step)
+        metric: Any = importlib.import_module("mlflow.entities").Metric
+        self._client.log_batch(self._id, metrics=[metric(name, value, now, step) for name, value in numbers.items()])
 
     def close(self) -> None:
         self._client.set_terminated(self._id)

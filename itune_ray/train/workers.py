@@ -36,6 +36,9 @@ _ELASTIC_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 
+_USERS = frozenset(os.environ)
+"""What the user has set stays."""
+
 
 def fit(
     job: TrainJob,
@@ -62,7 +65,8 @@ def fit(
 
     elastic = job.workers.fewest < job.workers.most
     for name, value in (_RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})).items():
-        os.environ.setdefault(name, value)
+        if name not in _USERS:
+            os.environ[name] = value
     stage = Folder.at(stage_dir)
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
     if (finished := read_outcome(out)) is not None:
@@ -110,6 +114,9 @@ def _fit(trainer: Any, board: Any) -> None:
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as failed:
+        told_first: Any = ray.get(board.failure.remote())  # what one rank raised on purpose, and the others fell over
+        if told_first is not None:
+            raise told_first from failed
         rank, cause = min(failed.worker_failures.items())
         reason = str(cause).strip().splitlines()[-1]
         places = "; ".join(ranks_of(board))

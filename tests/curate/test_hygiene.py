@@ -296,6 +296,19 @@ def test_masking_takes_whole_keys_every_part_of_a_row_and_leaves_what_is_allowed
     assert (mask.keep(text).changed or text).text == "Card [CARD], please"
 
 
+def test_a_key_that_is_cut_is_masked_as_far_as_it_goes():
+    mask = made("pii", action="mask")
+    cut = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEAx4UbaDzY5xjW6hc9\nh8ba0tUk2Nc3w7Xq0F8J5m"
+    assert mask.keep(row(f"Mine: {cut}", "a")).changed.messages[0]["content"] == "Mine: [KEY]"
+    told = "It begins with -----BEGIN PRIVATE KEY----- and then come letters"
+    assert mask.keep(row(told, "a")).changed.messages[0]["content"] == "It begins with [KEY] and then come letters"
+
+
+def test_an_allowed_account_number_may_be_written_in_groups():
+    pii = made("pii", allow=["DE89370400440532013000"])
+    assert pii.keep(row("Pay to DE89 3704 0044 0532 0130 00", "a")) is KEEP
+
+
 def test_a_teachers_distributions_are_of_the_text_as_it_was():
     teacher = TopK(input_ids=(1,), positions=(), k=1, ids=b"", log_probs=b"", tokenizer="v")
     held = row("mail ann@corp.org", "a", teacher=teacher)

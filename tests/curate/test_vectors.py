@@ -5,8 +5,10 @@ import pytest
 
 from itune_ray.config.filters.base import ModelEmbedder
 from itune_ray.config.shared import ServedModel
+from itune_ray.curate import vectors
 from itune_ray.curate.vectors import VectorStore
 from itune_ray.data.storage import Folder
+from itune_ray.engine.base import PoolDownError
 from itune_ray.errors import GenerationError
 
 
@@ -57,3 +59,30 @@ def test_what_is_refused_is_not_stored_and_spoils_nothing(tmp_path):
     assert asked.texts == ["a", "bad", "bad"]
     with pytest.raises(GenerationError, match="embeds no text"):
         VectorStore(Folder.at(tmp_path / "new"), embedder()).vectors(["bad"], asked)
+
+
+def test_a_pool_that_is_down_refuses_no_text(tmp_path):
+    store = VectorStore(Folder.at(tmp_path), embedder())
+    store.vectors(["a"], Asked())
+
+    def down(texts):
+        raise PoolDownError("4 replicas died under the same request")
+
+    with pytest.raises(PoolDownError):
+        store.vectors(["a", "b"], down)
+
+
+def test_what_was_embedded_before_a_kill_is_not_embedded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "TEXTS_PER_PART", 2)
+    asked = Asked()
+
+    def killed(texts):
+        if "ccc" in texts:
+            raise KeyboardInterrupt
+        return asked(texts)
+
+    texts = ["a", "bb", "ccc"]
+    with pytest.raises(KeyboardInterrupt):
+        VectorStore(Folder.at(tmp_path), embedder()).vectors(texts, killed)
+    VectorStore(Folder.at(tmp_path), embedder()).vectors(texts, asked)
+    assert asked.texts == texts

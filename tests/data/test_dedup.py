@@ -22,7 +22,7 @@ from itune_ray.data.minhash import (
     similarities,
 )
 from itune_ray.data.records import Record
-from itune_ray.data.shingles import ShingleSets, shingle_sets, shingles
+from itune_ray.data.shingles import CHUNK_TEXTS, ShingleSets, shingle_sets, shingles
 
 EVEN = "write a function that takes a list of integers and returns the sum of the even numbers in the list"
 ODD = EVEN.replace("even", "odd")
@@ -158,6 +158,14 @@ def test_chunks_decide_nothing(monkeypatch):
         assert cut.values.tolist() == whole.values.tolist()
         assert cut.offsets.tolist() == whole.offsets.tolist()
     assert [shingles(text).tolist() for text in texts] == [whole[i].tolist() for i in range(len(texts))]
+
+
+@pytest.mark.parametrize("count", [CHUNK_TEXTS, CHUNK_TEXTS + 1])
+def test_a_full_chunk_of_short_texts(count):
+    texts = [f"a b c d e {i}" for i in range(count)]
+    sets = shingle_sets(texts)
+    assert all(sets[i].tolist() == shingles(texts[i]).tolist() for i in (0, count // 2, count - 1))
+    assert sets.offsets[-1] == len(sets.values)
 
 
 def test_similarities_are_those_of_sets(monkeypatch):

@@ -76,3 +76,18 @@ def test_distributions_of_two_teachers_that_do_not_share_a_vocabulary(folder, tm
     assert "another tokenizer than the student; got 'vocabulary 0123456789abcdef in row tiny:1:0'" in one_line(told)
     assert "`data`" in one_line(told)
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"strategy": {"type": "fsdp2", "shard_over": 2}, "workers": {"num": [2, 4]}},
+            "needs a fixed number of workers",
+        ),
+        ({"objective": {"type": "reward"}, "gate": {"vllm": {}}}, "gate.vllm compares log-probabilities of text"),
+    ],
+)
+def test_what_does_not_go_together(folder, settings, match):
+    with pytest.raises(ValueError, match=match):
+        tiny.job(folder, **settings)

@@ -105,8 +105,8 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
         def log_param(self, run, key, value):
             calls.append((key, value))
 
-        def log_metric(self, run, key, value, timestamp, step):
-            calls.append((run, key, value, step))
+        def log_batch(self, run, metrics):
+            calls.extend((run, key, value, step) for key, value, _, step in metrics)
 
         def set_terminated(self, run):
             calls.append(("done", run))
@@ -114,6 +114,9 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
     module: Any = types.ModuleType("mlflow")
     module.MlflowClient = Client
     monkeypatch.setitem(sys.modules, "mlflow", module)
+    entities: Any = types.ModuleType("mlflow.entities")
+    entities.Metric = lambda key, value, timestamp, step: (key, value, timestamp, step)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     for _ in range(2):
         tracked = opened(tmp_path, parsed(type="mlflow", uri="http://tracking:5000"))
         tracked.log({"step": 4, "loss": 1.0})
