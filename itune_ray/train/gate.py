@@ -5,7 +5,7 @@ gate.json of the stage keeps documents, scores and gaps, so that an engine can b
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -102,7 +102,9 @@ def check_written(
     Raises:
         ExportRefusedError: They differ by more than the tolerance; both folders are gone then.
     """
-    merged, adapter = (None if path is None else _local(path) for path in paths)
+    merged, adapter = (
+        None if path is None else _local(path, kind) for path, kind in zip(paths, ("model", "adapter"), strict=True)
+    )
     # A QLoRA adapter belongs to the rounded base, and one with added tokens to a base that has rows for them: both are
     # nowhere but in model/.
     alone = job.model.path is not None and job.model.peft.type != "qlora" and not job.model.added_tokens
@@ -130,8 +132,8 @@ def refuse(paths: Sequence[str | None]) -> None:
             Folder.at(path).delete()
 
 
-def _local(path: str) -> str:
+def _local(path: str, kind: Literal["model", "adapter"]) -> str:
     from itune_ray.data.hub import resolve
 
     folder = Folder.at(path)
-    return folder.path if folder.is_local else resolve(path, kind="adapter").path
+    return folder.path if folder.is_local else resolve(path, kind=kind).path
