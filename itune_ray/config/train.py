@@ -247,13 +247,13 @@ class TrainJob(Job):
                 raise ValueError(reason)
             if self.router_loss is not None:
                 raise ValueError("router_loss is of models of text alone: leave it out with images")
-        scores = self.objective.type in ("reward", "classify")
-        if self.gate is not None and self.gate.vllm is not None and (scores or self.images is not None):
-            raise ValueError("gate.vllm compares log-probabilities of text: leave it out with images or a scalar head")
         if self.gate is not None and self.gate.vllm is not None and SUPPORT[self.model.peft.name].route == "none":
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"
             )
+        scores = self.objective.type in ("reward", "classify")
+        if self.gate is not None and self.gate.vllm is not None and (scores or self.images is not None):
+            raise ValueError("gate.vllm compares log-probabilities of text: leave it out with images or a scalar head")
         if (self.model.peft.type == "l_tuning") != (self.objective.type == "classify"):
             raise ValueError(
                 "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
