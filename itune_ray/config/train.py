@@ -184,7 +184,8 @@ class TrainJob(Job):
     """Compare what is written with what was trained; null writes it unseen, as it is with `images`."""
     log_every: Positive = 1
     divergence: DivergenceConfig | None = DivergenceConfig()
-    """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite."""
+    """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite. Not watched
+    under `curriculum` and `reptile`, whose order of rows makes the loss rise."""
     trackers: tuple[TrackerConfig, ...] = ()
     """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written; not used by a
     sweep's trials."""

@@ -29,7 +29,8 @@ class Usage:
 class TokenCount:
     """Turns what replicas say of themselves into `itune_tokens_total`; safe to call from several threads.
 
-    Of a replica that dies, what it worked since it was asked last is missing.
+    Of a replica that dies, what it worked since it was asked last is missing, and so is what it had not finished;
+    requests that are given up are counted nowhere.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """What curation takes at scale: Alpaca through one job, near deduplication against other libraries, a million rows.
 
-`python jobs/bench/alpaca.py [--parts curate,near,scale] [--rows 1000000]` finds the data sets below $ITUNE_TEST_DATA
-(default ../shared) and prints JSON lines, each with the load of the machine when it began:
+`python jobs/bench/alpaca.py [--parts curate,near,dedup,scale] [--rows 1000000]` finds the data sets below
+$ITUNE_TEST_DATA (default ../shared) and prints JSON lines, each with the load of the machine when it began:
 
 - curate: 52,002 rows through `itune curate`: exact and near duplicates, leaks of five benchmarks, language tags.
 - near: near deduplication of the same rows at 0.7 with 128 permutations and the same shingles, one library after the
