@@ -22,7 +22,8 @@ class GateEngine(Schema):
 class GateConfig(Schema):
     """The export gate. Log-probabilities of a few training documents, of the trained model in memory and of everything
     that was written from it, must agree, or the export is refused and deleted: the adapter over its base and the merged
-    model, opened by transformers on rank 0's CPU (which must hold the model), and, with `vllm`, both in vLLM."""
+    model, opened by transformers, by fp32 arithmetic on rank 0's CPU (whose memory must hold the model so), and, with
+    `vllm`, both in vLLM."""
 
     prompts: Positive = 4
     """Documents of the training order that are scored."""

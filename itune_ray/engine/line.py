@@ -1,8 +1,8 @@
 """[Ray] A line from one sender to one replica: requests go out, and answers come back, as many at a time as there are.
 
-A call per request costs the sender, the replica and Ray a millisecond or two each. Here a request waits for at most
-`LINGER_S` for company on its way out, and an answer for at most `itune_ray.engine.replica.LINGER_S` on its way back;
-no answer ever waits for another request to end.
+A call per request costs the sender, the replica and Ray a millisecond or two each. Here a request waits for company for
+at most `LINGER_S` on its way out, an answer on its way back for at most `LONGEST_LINGER_S` of `engine.replica`, and no
+answer ever waits for another request to end.
 """
 
 import asyncio

@@ -44,17 +44,16 @@ def written_scores(
     base: str | None,
     adapter: str | None,
     merged: str | None,
-    dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> dict[str, LogProbs]:
-    """Route -> log-probabilities: `adapter` over its base and the `merged` model, those that there are.
+    """Route -> log-probabilities, by fp32 arithmetic: `adapter` over its base and the `merged` model, those that there
+    are.
 
     Args:
         base: Folder of the model that the adapter was trained on; None leaves the adapter out.
-        dtype: Compute dtype.
     """
     found: dict[str, LogProbs] = {}
-    options: dict[str, Any] = {"dtype": dtype, "attention": "eager", "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": torch.float32, "attention": "eager", "trust_remote_code": trust_remote_code}
     if adapter is not None and base is not None:
         found["adapter"] = scores_of(load_adapted(load_model(base, **options), adapter), documents)
     if merged is not None:

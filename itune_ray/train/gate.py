@@ -3,20 +3,27 @@
 gate.json of the stage keeps documents, scores and gaps, so that an engine can be held against the same scores later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.gate import TOLERANCES, GateConfig
+from itune_ray.config.strategies import DdpConfig
 from itune_ray.config.train import TrainJob
-from itune_ray.data.batches import IGNORED, collate, model_inputs
+from itune_ray.data.batches import IGNORED, Masking, collate, model_inputs
 from itune_ray.data.hub import local_model_folder
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
 from itune_ray.model.gate import ExportRefusedError, LogProbs, check_routes, written_scores
-from itune_ray.train.step import Stepper
+from itune_ray.model.load import pad_id
+from itune_ray.model.sharding import reshard, whole
+from itune_ray.train.build import build_model
+from itune_ray.train.strategies.ddp import Ddp
+from itune_ray.train.world import World
 
 NAME = "gate.json"
 
@@ -29,7 +36,7 @@ class GateReport:
     documents: list[list[int]]
     """Token ids."""
     trained: LogProbs
-    """Of the model in memory, by the training's own forward pass."""
+    """By the trained weights, in fp32 arithmetic."""
     gaps: dict[str, float]
     """Route -> mean |Δ log p| per token of its worst document."""
 
@@ -65,21 +72,55 @@ def gate_documents(table: PackedTable, gate: GateConfig) -> list[list[int]]:
     return found
 
 
-def trained_scores(stepper: Stepper, documents: Sequence[Sequence[int]], pad: int) -> LogProbs:
-    """Log-probabilities of every token by the model in memory. Collective: every rank scores all documents."""
-    found: LogProbs = []
-    stepper.model.eval()
-    try:
-        for ids in documents:
-            batch = collate([_row(ids)], pad, stepper.masking == "varlen").to(stepper.world.device)
-            inputs: dict[str, Any] = model_inputs(batch, stepper.masking, stepper.dtype)
-            assert int((batch.labels != IGNORED).sum()) == len(ids) - 1
-            with torch.no_grad(), stepper.strategy.forward_context(last=True):
-                scores = stepper.model(**inputs, labels=batch.labels, token_scores=True)
-            found.append(scores.log_probs.float().tolist())
-    finally:
-        stepper.model.train()
-    return found
+def trained_scores(
+    job: TrainJob,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Sequence[int]],
+    world: World,
+) -> LogProbs:
+    """Log-probabilities of every token by the trained weights; on rank 0, none elsewhere. Collective.
+
+    The model is built once more on the CPU and takes the weights in memory, gathered one tensor at a time: by fp32
+    arithmetic, since two bf16 kernels can differ by nats at one token, so that a gap is what the export has changed.
+    """
+    reshard(model)
+    twin, masking = _twin(job, tokenizer) if world.is_main and documents else (None, "mask_4d")
+    with torch.no_grad():
+        for name, tensor in _tensors(model) if documents else ():
+            value = whole(tensor)
+            if twin is not None:
+                _tensor(twin, name).copy_(value)
+    return [] if twin is None else [_token_scores(twin, masking, ids, pad_id(tokenizer)) for ids in documents]
+
+
+def _twin(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, Masking]:
+    """The job's model on this process's CPU, in fp32."""
+    model = job.model.model_copy(update={"attention": "auto"})
+    alone = job.model_copy(update={"model": model, "precision": "fp32", "gradient_checkpointing": False})
+    built = build_model(alone, tokenizer, Ddp(DdpConfig(), World(), "fp32"), World())
+    return built.model.eval(), built.masking
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by the names they have without the strategy's wrapper."""
+    inner: Any = getattr(model, "module", model)
+    yield from inner.named_parameters()
+    yield from inner.named_buffers()
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _token_scores(model: nn.Module, masking: Masking, ids: Sequence[int], pad: int) -> list[float]:
+    batch = collate([_row(ids)], pad, masking == "varlen")
+    inputs: dict[str, Any] = model_inputs(batch, masking, torch.float32)
+    assert int((batch.labels != IGNORED).sum()) == len(ids) - 1
+    with torch.no_grad():
+        scores = model(**inputs, labels=batch.labels, token_scores=True)
+    return scores.log_probs.tolist()
 
 
 def _row(ids: Sequence[int]) -> PackedRow:
@@ -95,7 +136,6 @@ def check_written(
     trained: LogProbs,
     paths: tuple[str | None, str | None],
     stage_dir: str,
-    dtype: torch.dtype,
 ) -> None:
     """Hold model/ and adapter/ against the trained model, on one rank; writes gate.json.
 
@@ -114,7 +154,6 @@ def check_written(
         base=base,
         adapter=adapter,
         merged=merged,
-        dtype=dtype,
         trust_remote_code=job.model.trust_remote_code,
     )
     try:

@@ -136,13 +136,13 @@ def train_rank(
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     gated = job.gate if stop_at is None and not scalar(job) and job.images is None else None
     documents = [] if gated is None else gate_documents(rows.table, gated)
-    trained = trained_scores(stepper, documents, rows.pad)
+    trained = trained_scores(job, built.model, tokenizer, documents, world)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     if job.images is not None and world.is_main:
         for path in filter(None, (model_path, adapter_path)):
             write_processor(job, path)
     if gated is not None and world.is_main:
-        check_written(job, documents, trained, (model_path, adapter_path), stage_dir, built.dtype)
+        check_written(job, documents, trained, (model_path, adapter_path), stage_dir)
     steps = stop_at or prepared.plan.steps
     return TrainOutcome(
         model_path,

@@ -1,4 +1,5 @@
-"""[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has."""
+"""[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has, and like
+the others by fp32 arithmetic."""
 
 import asyncio
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
     """
     assert job.gate is not None
     assert job.gate.vllm is not None
-    report, precision = read_report(stage_dir), "float32" if job.precision == "fp32" else "bfloat16"
+    report = read_report(stage_dir)
     gaps: dict[str, float] = {}
     try:
         for route, model in routes_of(job, outcome):
-            ref = model.model_copy(update={"dtype": precision})
+            ref = model.model_copy(update={"dtype": "float32"})
             served = ServedModel(model=ref, engine=job.gate.vllm.engine, pool=job.gate.vllm.pool)
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
             scores = asyncio.run(served_scores(llm, report.documents))
