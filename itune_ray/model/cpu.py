@@ -42,27 +42,52 @@ def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
     dtype = compute_dtype(hidden)
     if not wide(hidden.device, dtype):
         return nn.functional.linear(hidden, self.weight, self.bias)
-    product: Any = _WideProduct.apply(hidden.to(dtype), self.weight)
+    product: Any = _WideProduct.apply(hidden, self.weight, dtype)
     return product if self.bias is None else product + self.bias.to(dtype)
 
 
 class _WideProduct(torch.autograd.Function):
-    """x Wᵀ of bf16 x [..., K] and W [N, K]: bf16 [..., N]."""
+    """x Wᵀ of x [..., K], rounded to bf16, and W [N, K]: bf16 [..., N]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = hidden.dtype
         with torch.autocast("cpu", enabled=False):
-            return (hidden.float() @ weight.float().T).to(hidden.dtype)
+            rounded = _rounded(hidden, dtype)
+            ctx.save_for_backward(rounded, weight)
+            return (_widened(rounded) @ weight.float().T).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight = ctx.saved_tensors
+        rounded, weight = ctx.saved_tensors
         grad_hidden = grad_weight = None
         with torch.autocast("cpu", enabled=False):
             grad = grads[0].float()
             if ctx.needs_input_grad[0]:
-                grad_hidden = (grad @ weight.float()).to(hidden.dtype)
+                grad_hidden = (grad @ weight.float()).to(ctx.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = (grad.flatten(0, -2).T @ hidden.flatten(0, -2).float()).to(weight.dtype)
-        return grad_hidden, grad_weight
+                grad_weight = (grad.flatten(0, -2).T @ _widened(rounded).flatten(0, -2)).to(weight.dtype)
+        return grad_hidden, grad_weight, None
+
+
+class _Cast:
+    """A cast that, asked of the tensor that it did last, gives the same result: the projections of a layer read one
+    input. Tensors are known by where they lie; the last one is kept, so that no other can come to lie there."""
+
+    def __init__(self) -> None:
+        self._last: tuple[object, Tensor, Tensor] | None = None
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if tensor.dtype == dtype:
+            return tensor
+        asked = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, dtype)
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, tensor.detach(), tensor.detach().to(dtype)
+        return self._last[2]
+
+
+_rounded, _to_wide = _Cast(), _Cast()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return _to_wide(tensor, torch.float32)

@@ -125,6 +125,31 @@ def test_a_wide_product_rounds_its_sums_once(weights, bias, monkeypatch):
     torch.testing.assert_close(linear.weight.grad.double(), wanted, rtol=rtol, atol=atol)
 
 
+def test_a_cast_is_made_once_and_again_after_a_change():
+    cast, hidden = cpu._Cast(), torch.randn(3, 4)
+    once = cast(hidden, torch.bfloat16)
+    assert cast(hidden, torch.bfloat16) is once
+    assert torch.equal(once, hidden.bfloat16())
+    hidden += 1
+    assert torch.equal(cast(hidden, torch.bfloat16), hidden.bfloat16())
+    assert torch.equal(cast(hidden.T, torch.bfloat16), hidden.T.bfloat16())
+    assert cast(once, torch.bfloat16) is once
+
+
+def test_projections_of_one_input_sum_its_gradient_in_fp32(monkeypatch):
+    """Rounded one by one, as autocast does, the sum of these two would be 0."""
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: False)
+    one, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    for linear, weight in ((one, 1.0), (other, -1.0 - 2.0**-12)):
+        linear.weight.data.fill_(weight)
+        install_wide_products(linear)
+    hidden = torch.ones(1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (one(hidden) + other(hidden)).backward(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert hidden.grad is not None
+    assert hidden.grad.item() == -(2.0**-12)
+
+
 def test_fp32_and_machines_with_bf16_units_keep_torchs_own(monkeypatch):
     calls = []
     monkeypatch.setattr(cpu._WideProduct, "apply", lambda *args: calls.append(args))
