@@ -110,6 +110,14 @@ def test_loss_and_gradient_are_the_closed_form(seeing, records, tmp_path, weight
         assert row["fusion_loss"] == pytest.approx(fusion.item(), rel=1e-5)
 
 
+def test_rows_laid_end_to_end_agree(seeing, records, tmp_path):
+    """sdpa on CPU runs a micro-batch as one row: means are of documents, not of rows."""
+    for attention in ("eager", "sdpa"):
+        job = job_of(seeing, micro_batch=4, **{"model.attention": attention})
+        train_local(job, records, str(tmp_path / attention))
+    torch.testing.assert_close(figures(tmp_path / "sdpa"), figures(tmp_path / "eager"), rtol=2e-5, atol=0)
+
+
 def test_contrast_of_orthogonal_pairs_and_its_gradient():
     """x_i = y_i = e_i: a pair's own logit is 10 - 10, any other's -10. The gradient is that of finite differences."""
     parts, _, _ = contrast(torch.eye(3), 2 * torch.eye(3))
