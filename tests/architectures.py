@@ -170,3 +170,42 @@ def llava(folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def idefics3(folder: Path) -> Path:
+    """A random Idefics3: pictures cut into tiles of 56 × 56 pixels (4 tokens each) with tokens of their own between
+    them, so that their size decides how many tokens a picture is; a connector, a two-layer Llama, a processor."""
+    from transformers import (
+        AutoModelForImageTextToText,
+        Idefics3Config,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        Idefics3VisionConfig,
+        LlamaConfig,
+    )
+
+    words = tiny.tokenizer(SEEING)
+    places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    marks = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *places]
+    words.add_special_tokens({"additional_special_tokens": marks})
+    wide = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = Idefics3VisionConfig(hidden_size=32, intermediate_size=48, image_size=56, patch_size=14, **wide)
+    text = LlamaConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_key_value_heads=1, max_position_embeddings=256, **wide
+    )
+    config = Idefics3Config(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+        scale_factor=2,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    pixels = Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    Idefics3Processor(pixels, words, image_seq_len=4, chat_template=SEEING).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder

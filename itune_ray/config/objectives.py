@@ -17,11 +17,18 @@ class SftConfig(Schema):
 
     rows: ClassVar[Rows] = "answers"
     """What a row must hold, and what it becomes; see `itune_ray.train.documents`."""
+    silent_at_default = frozenset({"vision", "fusion"})
 
     type: Literal["sft"] = "sft"
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens of a chat count: every assistant turn with its end-of-turn token, the last one, or all. Text rows
     are always supervised whole."""
+    vision: Annotated[float, Field(ge=0)] = 0.0
+    """With `images`, weight of a contrast between images and answers over the rows of a step (survey eq. 9, whose terms
+    are open: SigLIP's sigmoid loss between means of projected features and of the answers' embeddings)."""
+    fusion: Annotated[float, Field(ge=0)] = 0.0
+    """With `images`, weight of image-text matching (survey eq. 9, as above): an answer is to be likelier with its own
+    images than with those of another row of the step. A step then computes every row twice."""
 
 
 class DpoConfig(Schema):

@@ -31,7 +31,8 @@ class MlflowTracker(Schema):
     type: Literal["mlflow"] = "mlflow"
     experiment: str = "itune-ray"
     uri: str | None = None
-    """Of the tracking server or folder; default: MLFLOW_TRACKING_URI in the environment."""
+    """Of the tracking server or folder; default: MLFLOW_TRACKING_URI in the environment. MLflow 3 takes a folder with
+    MLFLOW_ALLOW_FILE_STORE=true alone."""
 
     @field_validator("uri")
     @classmethod

@@ -11,7 +11,7 @@ from itune_ray.config.adaptation import PeftConfig as PeftConfig
 from itune_ray.config.base import Schema, Tree
 from itune_ray.config.course import Curriculum, Replay, Reptile
 from itune_ray.config.gate import GateConfig
-from itune_ray.config.images import ImagesConfig
+from itune_ray.config.images import ImagesConfig, terms_refusal
 from itune_ray.config.images import refusal as images_refusal
 from itune_ray.config.objectives import ObjectiveConfig, SftConfig
 from itune_ray.config.optimizer import AdamwConfig, OptimizerConfig, ScheduleConfig
@@ -248,6 +248,11 @@ class TrainJob(Job):
                 raise ValueError(reason)
             if self.router_loss is not None:
                 raise ValueError("router_loss is of models of text alone: leave it out with images")
+        if isinstance(self.objective, SftConfig):
+            terms = self.objective.vision, self.objective.fusion
+            reason = terms_refusal(*terms, self.images is not None, self.model.peft.type, self.batch)
+            if reason is not None:
+                raise ValueError(reason)
         if self.gate is not None and self.gate.vllm is not None and SUPPORT[self.model.peft.name].route == "none":
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"

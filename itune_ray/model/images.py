@@ -1,5 +1,6 @@
 """Image-text models: which of their weights are what, and images as the tensors that their forward pass takes."""
 
+import inspect
 import io
 import re
 from collections.abc import Sequence
@@ -87,6 +88,28 @@ def expanded(ids: Sequence[int], supervised: Sequence[bool], token: int, expansi
     return new_ids, flags
 
 
+def exchanged(
+    ids: Sequence[int], supervised: Sequence[bool], was: Sequence[Sequence[int]], becomes: Sequence[Sequence[int]]
+) -> tuple[list[int], list[bool]]:
+    """Ids and flags of `expanded` with the tokens of every image replaced by those of another.
+
+    Raises:
+        ModelError: The ids do not hold the former, in order.
+    """
+    new_ids: list[int] = []
+    flags: list[bool] = []
+    start = 0
+    for old, new in zip(was, becomes, strict=True):
+        places = range(start, len(ids) - len(old) + 1)
+        at = next((i for i in places if ids[i] == old[0] and list(ids[i : i + len(old)]) == list(old)), None)
+        if at is None:
+            raise ModelError("an image's tokens are not among those of its row", got=f"{len(old)} tokens")
+        new_ids += [*ids[start:at], *new]
+        flags += [*supervised[start:at], *[False] * len(new)]
+        start = at + len(old)
+    return [*new_ids, *ids[start:]], [*flags, *supervised[start:]]
+
+
 def language_path(model: Any) -> str | None:
     """Name of the language model's module within an image-text model; None for any other model."""
     if "image" not in (getattr(model, "input_modalities", None) or ()):
@@ -124,7 +147,19 @@ def choose_trained(model: Any, trained: str) -> None:
 
 
 def check_positions(model: Any) -> None:
-    """Refuse families that number an image's tokens by height and width: rows here are numbered one by one."""
+    """Refuse families that number an image's tokens by height and width, since rows here are numbered one by one, and
+    those whose images look ahead, since masks here are causal.
+
+    Raises:
+        ModelError: The model is of such a family.
+    """
+    if "token_type_ids" in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            "the tokens of an image, or a whole prompt, see each other in both directions, which the loop does not do",
+            got=model.config.model_type,
+            allowed="a model with causal attention throughout, such as llava, smolvlm or idefics3",
+            knob="model.path",
+        )
     rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if "mrope_section" in rope:
         raise ModelError(

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itune_ray.errors import ModelError
 from itune_ray.model.cpu import wide
+from itune_ray.model.pooling import Pooled
 from itune_ray.model.router import RouterLoad, router_load
 
 CHUNK_ELEMENTS = 2**24
@@ -53,6 +54,8 @@ class TokenScores(NamedTuple):
     language-model head, and the other scores are empty."""
     router: RouterLoad | None = None
     """How a mixture of experts spread the micro-batch's tokens, where `router_tokens` asked for it."""
+    pooled: Pooled | None = None
+    """Means over each document, where `pool_at` asked for them (`itune_ray.model.pooling`)."""
 
 
 class LogitTransform(NamedTuple):

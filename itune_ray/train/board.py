@@ -1,6 +1,7 @@
 """[Ray] What training workers tell the driver directly: progress, where each rank is, and an error no retry mends."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,10 @@ import ray
 
 from itune_ray.errors import ITuneError
 
+log = logging.getLogger(__name__)
 POLL_S = 0.5
+LAST_S = 30.0
+"""How long the end of a training waits for its last steps to be shown."""
 OnProgress = Callable[[int, int, dict[str, Any]], None]
 """See `itune_ray.train.loop.OnProgress`."""
 RANKS_TOLD = 4
@@ -66,7 +70,8 @@ def ranks_of(board: Any) -> list[str]:
 
 @contextlib.contextmanager
 def relayed(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
-    """Call back on the driver while `fit` blocks; an error of the callback is raised when it ends."""
+    """Call back on the driver while `fit` blocks; an error of the callback is raised when it ends. Steps that are not
+    shown `LAST_S` after the end are left out, which the log says."""
     stop = threading.Event()
     errors: list[Exception] = []
 
@@ -87,6 +92,8 @@ def relayed(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(timeout=30)
+        thread.join(timeout=LAST_S)
+        if thread.is_alive():
+            log.warning("the last steps are not all shown: what shows them took over %.0f s (a slow tracker?)", LAST_S)
     if errors:
         raise errors[0]

@@ -3,13 +3,16 @@
 What a resume needs is on disk: the order holds the image files' own bytes, and they are decoded for each step anew.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from itune_ray.config.objectives import SftConfig
@@ -57,9 +60,18 @@ class Pictured:
         ids, supervised = rendered(record, renderer, job.objective.supervise)
         ids, supervised = expanded(ids, supervised, reader.token_id, expansions)
         check_length(len(ids), job)
-        joined = np.frombuffer(b"".join(images), np.uint8)
-        sizes = [len(image) for image in images]
+        joined, sizes = image_columns(images)
         return {"input_ids": ids, "supervised": supervised, "lengths": [len(ids)], BYTES: joined, SIZES: sizes}
+
+
+def image_columns(images: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The columns `BYTES` and `SIZES` of encoded images."""
+    return np.frombuffer(b"".join(images), np.uint8), np.array([len(image) for image in images], np.int32)
+
+
+def images_of_row(row: PackedRow) -> list[bytes]:
+    """The encoded images of a packed row, in order."""
+    return _split(row.columns[BYTES].tobytes(), row.columns[SIZES].tolist())
 
 
 def documents_for(job: TrainJob) -> Documents:
@@ -89,11 +101,12 @@ class Shown:
 def _images(batch: Batch) -> list[bytes]:
     if BYTES not in batch.columns:
         return []
-    joined, images, start = batch.columns[BYTES].cpu().numpy().tobytes(), list[bytes](), 0
-    for size in batch.columns[SIZES].tolist():
-        images.append(joined[start : start + size])
-        start += size
-    return images
+    return _split(batch.columns[BYTES].cpu().numpy().tobytes(), batch.columns[SIZES].tolist())
+
+
+def _split(joined: bytes, sizes: Sequence[int]) -> list[bytes]:
+    ends = list(accumulate(sizes))
+    return [joined[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _only_images(ids: list[int]) -> Batch:

@@ -16,6 +16,8 @@ from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow
 from itune_ray.model.logprobs import TokenScores
 from itune_ray.train.forward import forward_only, micro_batches
+from itune_ray.train.image_terms import image_text_batches
+from itune_ray.train.objectives.image_text import ImageText
 from itune_ray.train.router import with_router_factors
 from itune_ray.train.step import Stepper
 
@@ -48,6 +50,8 @@ def step_batches(rows: Sequence[PackedRow], most: int, size: int, pad: int, step
 
 def _measured_batches(rows: Sequence[PackedRow], most: int, size: int, pad: int, stepper: Stepper) -> list[Batch]:
     objective = stepper.objective
+    if isinstance(objective, ImageText):
+        return image_text_batches(rows, most, size, pad, stepper)
     if not isinstance(objective, BatchStatistic):
         return micro_batches(rows, most, size, pad, stepper)
     measured, trained = objective.split(rows)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from itune_ray.config.trackers import MlflowTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ConfigError
+from itune_ray.train.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 Numbers = dict[str, float]
@@ -27,10 +28,15 @@ KEYS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Environment variables whose values are never repeated."""
 TENSORBOARD = "tensorboard"
 """Folder of the event files in a stage."""
+LOSS = "loss"
+"""A number that every row has."""
 
 
 class Tracker(Protocol):
     """One place that shows steps."""
+
+    shown: int
+    """Newest step that an earlier opening of the same run has left there, 0 without one."""
 
     def log(self, step: int, numbers: Numbers) -> None:
         """The numbers of one step; steps only rise."""
@@ -49,24 +55,28 @@ class Tracked:
     """
 
     def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]):
-        self._trackers, self._say, self._last = dict(trackers), say, 0
+        self._trackers, self._say = dict(trackers), say
+        self._last = {name: tracker.shown for name, tracker in trackers.items()}
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl; a step that is taken again after a failure is shown once."""
-        step = int(row["step"])
-        if step > self._last:
-            self._last = step
-            values = numbers(row)
-            self._each(lambda tracker: tracker.log(step, values))
+        step, values = int(row["step"]), numbers(row)
+
+        def show(name: str, tracker: Tracker) -> None:
+            if step > self._last[name]:
+                self._last[name] = step
+                tracker.log(step, values)
+
+        self._each(show)
 
     def close(self) -> None:
         """Write what is still on its way."""
-        self._each(lambda tracker: tracker.close())
+        self._each(lambda _, tracker: tracker.close())
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[str, Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
-                call(tracker)
+                call(name, tracker)
             except Exception as error:  # noqa: BLE001  any error of any library; the training goes on
                 del self._trackers[name]
                 log.warning("tracker %s failed: %s", name, without_keys(str(error)))
@@ -131,7 +141,8 @@ def open_trackers(
     settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Tracked:
-    """Open every tracker.
+    """Open every tracker. Steps of metrics.jsonl that one has not got, since the driver was killed before it told them
+    or the tracker is new, are shown first.
 
     Args:
         folder: The stage's, path or URI.
@@ -156,16 +167,24 @@ def open_trackers(
         except Exception as error:  # noqa: BLE001  any error of any library, told in one line
             reason = without_keys(next(iter(str(error).splitlines()), type(error).__name__))
             raise ConfigError(f"tracker {config.type} cannot be opened: {reason}", knob="trackers") from None
-    return Tracked(opened, say)
+    tracked = Tracked(opened, say)
+    for row in read_metrics(folder) if opened else ():
+        tracked.log(row)
+    return tracked
 
 
 class _Tensorboard:
-    """Event files; beside an object store they are written on this machine and copied when the run ends."""
+    """Event files; beside an object store they are written on this machine and copied when the run ends.
+
+    They are not read back: where there are some, they count as holding the steps that metrics.jsonl has.
+    """
 
     def __init__(self, folder: str):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingTypeStubs]
 
         target = Folder.at(folder) / TENSORBOARD
+        rows = read_metrics(folder) if target.names() else []
+        self.shown = int(rows[-1]["step"]) if rows else 0
         self._target = None if target.is_local else target
         self._scratch = tempfile.TemporaryDirectory() if self._target is not None else None
         self._path = target.path if self._scratch is None else self._scratch.name
@@ -178,33 +197,50 @@ class _Tensorboard:
     def close(self) -> None:
         self._writer.close()
         if self._target is not None and self._scratch is not None:
-            for file in sorted(Path(self._path).iterdir()):
-                self._target.write_bytes(file.name, file.read_bytes())
+            _copy(Path(self._path), self._target)
             self._scratch.cleanup()
 
 
 class _Wandb:
-    """One run of a project; offline it is written below the stage's folder, for `wandb sync`."""
+    """One run of a project; offline it is written below the stage's folder, for `wandb sync`, and each opening writes
+    the whole run anew, into a folder of its own with the same run id. Beside an object store the files are written on
+    this machine and, offline, copied when the run ends."""
 
     def __init__(self, config: WandbTracker, folder: str, name: str, run_id: str, settings: Mapping[str, Any]):
         wandb: Any = importlib.import_module("wandb")
         stage = Folder.at(folder)
+        self._target = None if stage.is_local else stage
+        self._scratch = tempfile.TemporaryDirectory() if self._target is not None else None
         self._run: Any = wandb.init(
             project=config.project,
             entity=config.entity,
             name=name,
             id=run_id,
             resume="allow",
-            dir=stage.path if stage.is_local else tempfile.mkdtemp(),
+            reinit="create_new",  # else a second run of this process would write into the first
+            dir=stage.path if self._scratch is None else self._scratch.name,
             config=dict(settings),
             settings=wandb.Settings(console="off"),  # the job's own output stays where it is
         )
+        self.shown = max(0, int(self._run.step) - 1)  # it names the next step, 0 in a new run
 
     def log(self, step: int, numbers: Numbers) -> None:
         self._run.log(numbers, step=step)
 
     def close(self) -> None:
         self._run.finish()
+        if self._target is not None and self._scratch is not None:
+            if _offline():
+                _copy(Path(self._scratch.name), self._target)
+            self._scratch.cleanup()
+
+
+def _copy(source: Path, target: Folder) -> None:
+    """The files of a folder and of those in it, links left out."""
+    for folder, _, names in os.walk(source):
+        for file in (Path(folder) / name for name in sorted(names)):
+            if not file.is_symlink():
+                target.write_bytes(file.relative_to(source).as_posix(), file.read_bytes())
 
 
 class _Mlflow:
@@ -218,8 +254,11 @@ class _Mlflow:
         known = self._client.get_experiment_by_name(config.experiment)
         experiment = self._client.create_experiment(config.experiment) if known is None else known.experiment_id
         found = self._client.search_runs([experiment], filter_string=f"tags.`{self.TAG}` = '{run_id}'", max_results=1)
+        self.shown = 0
         if found:
             self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            self.shown = max((metric.step for metric in self._client.get_metric_history(self._id, LOSS)), default=0)
             return
         self._id = self._client.create_run(experiment, tags={self.TAG: run_id}, run_name=name).info.run_id
         for key, value in settings.items():

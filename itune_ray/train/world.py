@@ -1,9 +1,10 @@
-"""The processes of one run: rank, size, device, and the two collectives the loop needs."""
+"""The processes of one run: rank, size, device, and the collectives the loop needs."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,14 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         """Wait for every rank."""

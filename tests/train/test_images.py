@@ -1,28 +1,19 @@
 """Image-text models in the one loop: the loss of plain transformers, the stages of LLaVA, an exact resume."""
 
-import base64
-import io
 from dataclasses import replace
-from pathlib import Path
 
 import architectures
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from PIL import Image
+from pictures import plain_loss, write_rows
 from pydantic import ValidationError
 from ranks import STRATEGIES, run_ranks
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
-from itune_ray.config.shared import FileSource
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import Order
-from itune_ray.data.sources import read_source
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
@@ -34,27 +25,6 @@ BATCH = 6
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     return architectures.llava(tmp_path_factory.mktemp("llava"))
-
-
-def png(seed: int) -> bytes:
-    """A picture of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 30, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def write_rows(folder, count=12):
-    """A parquet file in which images are bytes, structs of bytes, or paths; every third row has two."""
-    (folder / "red.png").write_bytes(png(99))
-    rows = []
-    for i, record in enumerate(tiny.chats(count)):
-        kinds = [{"bytes": png(i), "path": None}, {"bytes": None, "path": str(folder / "red.png")}]
-        rows.append(
-            {"messages": [dict(m) for m in record.messages], "images": kinds if i % 3 == 0 else kinds[i % 2 :][:1]}
-        )
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    return read_source(FileSource(path=str(folder / "rows.parquet"), name="seen")).records
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +39,6 @@ def job_of(folder, **overrides):
 
 def figures(stage):
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(str(stage))]
-
-
-def pictures(record):
-    """The row's images, decoded by the test itself."""
-    found = []
-    for entry in record.meta["images"]:
-        raw = Path(entry["path"]).read_bytes() if entry["path"] else base64.b64decode(entry["bytes"]["bytes"])
-        found.append(Image.open(io.BytesIO(raw)).convert("RGB"))
-    return found
-
-
-def plain_loss(model, folder, records):
-    """Mean cross entropy over the answers' tokens, each row alone through the processor and plain transformers."""
-    processor = AutoProcessor.from_pretrained(folder)
-    total, count = torch.zeros(()), 0
-    for record in records:
-        shown = pictures(record)
-        parts = [{"type": "image"}] * len(shown)
-        chat = [
-            {"role": m["role"], "content": [*(parts if i == 0 else []), {"type": "text", "text": m["content"]}]}
-            for i, m in enumerate(record.messages)
-        ]
-        text = processor.apply_chat_template(chat, tokenize=False)
-        asked = processor.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=text, images=shown, return_tensors="pt", add_special_tokens=False)
-        start = processor(text=asked, images=shown, return_tensors="pt", add_special_tokens=False)["input_ids"].shape[1]
-        labels = inputs["input_ids"][0].clone()
-        labels[:start] = -100
-        labels[-1] = -100  # the line break after the end-of-turn token
-        logits = model(**inputs).logits[0]
-        total = total + cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-        count += int((labels[1:] != -100).sum())
-    return total / count
 
 
 def first_step(job, records):

@@ -1,7 +1,10 @@
 """Trackers: event files read back, the calls that W&B and MLflow get (their modules stand in), and what is refused."""
 
+import json
+import logging
 import os
 import sys
+import threading
 import types
 from typing import Any
 
@@ -13,6 +16,7 @@ from itune_ray.config.base import validate
 from itune_ray.config.trackers import TrackerConfig
 from itune_ray.config.train import TrainJob
 from itune_ray.errors import ConfigError
+from itune_ray.train import board
 from itune_ray.train.trackers import Tracked, check_trackers, numbers, open_trackers, without_keys
 
 ROW = {"step": 1, "loss": 2.5, "units": {"nll": 40}, "note": "text", "flag": True}
@@ -37,6 +41,8 @@ def wandb(monkeypatch):
     module.Settings = lambda **settings: settings
 
     class Run:
+        step = 0
+
         def log(self, values, step):
             module.calls.append((step, values))
 
@@ -49,22 +55,58 @@ def wandb(monkeypatch):
     return module
 
 
-def test_tensorboard_event_files_hold_every_number(tmp_path):
+def events(file):
+    """(step, name, value) of an event file."""
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  the reader below undoes its framing
 
-    tracked = opened(tmp_path, parsed(type="tensorboard"))
-    for step in (1, 2):
-        tracked.log({**ROW, "step": step, "loss": 2.5 - step})
-    tracked.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
     data, found = file.read_bytes(), []
     while data:  # length, its checksum, the record, its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
-    assert found == [(1, "loss", 1.5), (1, "units/nll", 40.0), (2, "loss", 0.5), (2, "units/nll", 40.0)]
+    return found
+
+
+def test_tensorboard_event_files_hold_every_number(tmp_path):
+    tracked = opened(tmp_path, parsed(type="tensorboard"))
+    for step in (1, 2):
+        tracked.log({**ROW, "step": step, "loss": 2.5 - step})
+    tracked.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert events(file) == [(1, "loss", 1.5), (1, "units/nll", 40.0), (2, "loss", 0.5), (2, "units/nll", 40.0)]
+
+
+def test_a_tracker_that_joins_later_is_shown_the_steps_before(tmp_path):
+    rows = [{"step": step, "loss": 2.5 - step} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    tracked = opened(tmp_path, parsed(type="tensorboard"))
+    for row in rows[1:]:  # the second is taken again
+        tracked.log(row)
+    tracked.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert events(file) == [(1, "loss", 1.5), (2, "loss", 0.5), (3, "loss", -0.5)]
+
+
+def test_the_log_says_when_the_last_steps_are_not_all_shown(monkeypatch, caplog):
+    """One step that takes for ever to show; the end waits for it, and then says that it goes on without."""
+    shown, release = threading.Event(), threading.Event()
+
+    def show(*_):
+        shown.set()
+        release.wait(30)
+
+    rows: Any = [[(1, 2, {"step": 1})], []]
+    asked: Any = types.SimpleNamespace(drain=types.SimpleNamespace(remote=lambda: rows.pop(0)))
+    monkeypatch.setattr(board.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(board, "POLL_S", 0.01)
+    monkeypatch.setattr(board, "LAST_S", 0.05)
+    with caplog.at_level(logging.WARNING), board.relayed(asked, show):
+        assert shown.wait(30)
+    release.set()
+    assert [r.getMessage() for r in caplog.records if r.name == board.__name__] == [
+        "the last steps are not all shown: what shows them took over 0 s (a slow tracker?)"
+    ]
 
 
 def test_wandb_goes_on_with_its_run_and_sees_each_step_once(tmp_path, wandb):
@@ -98,6 +140,12 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
             calls.append(filter_string)
             return runs
 
+        def update_run(self, run, status):
+            calls.append((status, run))
+
+        def get_metric_history(self, run, key):
+            return [types.SimpleNamespace(step=c[3]) for c in calls if c[:2] == (run, key)]
+
         def create_run(self, experiment, tags, run_name):
             runs.append(types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1")))
             return runs[0]
@@ -119,11 +167,13 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     for _ in range(2):
         tracked = opened(tmp_path, parsed(type="mlflow", uri="http://tracking:5000"))
-        tracked.log({"step": 4, "loss": 1.0})
+        for step in (4, 5):
+            tracked.log({"step": step, "loss": 1.0})
         tracked.close()
     assert len(runs) == 1
     assert calls.count(("seed", "0")) == 1
-    assert calls.count(("r1", "loss", 1.0, 4)) == 2
+    assert calls.count(("RUNNING", "r1")) == 1
+    assert [calls.count(("r1", "loss", 1.0, step)) for step in (4, 5)] == [1, 1]
     assert calls[0] == "http://tracking:5000"
     assert "run-train-1" in calls[1]
 
@@ -168,6 +218,8 @@ def test_mlflow_needs_a_place_and_its_uri_no_key(monkeypatch):
 
 def test_a_tracker_that_fails_later_is_left_out_and_the_others_go_on(caplog):
     class Broken:
+        shown = 0
+
         def log(self, step, numbers):
             raise OSError(f"no route to the server with {os.environ['WANDB_API_KEY']}")
 
@@ -175,7 +227,9 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_others_go_on(caplog):
             raise AssertionError("it was left out")
 
     seen, said = [], []
-    kept: Any = types.SimpleNamespace(log=lambda step, values: seen.append(step), close=lambda: seen.append("close"))
+    kept: Any = types.SimpleNamespace(
+        shown=0, log=lambda step, values: seen.append(step), close=lambda: seen.append("close")
+    )
     os.environ["WANDB_API_KEY"] = "a-secret-of-mine"
     try:
         tracked = Tracked({"broken": Broken(), "kept": kept}, said.append)

@@ -2,7 +2,7 @@
 
 import importlib
 
-from itune_ray.config.objectives import ObjectiveConfig
+from itune_ray.config.objectives import ObjectiveConfig, SftConfig
 from itune_ray.train.objectives.base import Objective
 
 OBJECTIVES = {
@@ -18,9 +18,12 @@ OBJECTIVES = {
     "classify": "itune_ray.train.objectives.classify:Classify",
     "kd": "itune_ray.train.objectives.kd:Kd",
 }
+IMAGE_TEXT = "itune_ray.train.objectives.image_text:ImageText"
+"""What sft is with a vision or a fusion term."""
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a config."""
-    module, _, name = OBJECTIVES[config.type].partition(":")
+    compares = isinstance(config, SftConfig) and (config.vision or config.fusion)
+    module, _, name = (IMAGE_TEXT if compares else OBJECTIVES[config.type]).partition(":")
     return getattr(importlib.import_module(module), name)(config)
