@@ -207,7 +207,7 @@ def test_compacters_adapters_share_one_a(folder):
 def test_compacter_starts_in_the_published_ranges(folder):
     """adapter-hub's: A by N(0, (1e-4)²); s_i and t_i uniform within sqrt(6 / (rows + columns)); biases zero."""
     model = adapted(folder, "compacter")  # hidden size 64, bottleneck 8, 4 terms; four adapters
-    started = {name: p.detach() for name, p in model.named_parameters()}
+    started = dict(model.named_parameters())
     shared = [p for n, p in started.items() if n.endswith(".shared")]
     assert [p.numel() for p in shared] == [64]
     assert 0.7e-4 < float(shared[0].std()) < 1.3e-4
