@@ -161,7 +161,7 @@ class PTuningV2Config(Adaptation):
 
 
 class Bottleneck(Adaptation):
-    """What adapters with a bottleneck share: h + W_up f(W_down h), W_up zero at the start."""
+    """What adapters with a bottleneck share: h + W_up f(W_down h), W_up zero (Compacter: next to zero) at the start."""
 
     reduction: Positive = 16
     """Hidden size divided by the width of the bottleneck."""
@@ -181,7 +181,7 @@ class PfeifferConfig(Bottleneck):
 
 class CompacterConfig(Bottleneck):
     """Houlsby's bottlenecks with W = Σ_i A_i ⊗ (s_i t_iᵀ), the A_i shared by all layers, f = gelu (Mahabadi et al.
-    2021)."""
+    2021). At the start A_i is N(0, (1e-4)²), s_i and t_i are Glorot-uniform."""
 
     type: Literal["compacter"] = "compacter"
     reduction: Positive = 32

@@ -50,7 +50,7 @@ def main() -> int:
     names = asked.names or [file.stem for file in playground_jobs()]
     output = Path(asked.output).absolute()
     if asked.one:
-        run_job(HERE / f"{names[0]}.yaml", output / names[0], asked.steps)
+        run_job(HERE / f"{names[0]}.yaml", output / names[0], asked.steps, base_scores=output / "bases.json")
         return 0
     for name in names:
         if not (output / name / "result.json").exists():
@@ -64,8 +64,8 @@ def main() -> int:
     return 0 if found.issuperset(names) else 1
 
 
-def run_job(file: Path, out: Path, steps: int | None = None) -> dict[str, Any]:
-    """Train and score a job; writes and returns its figures."""
+def run_job(file: Path, out: Path, steps: int | None = None, base_scores: Path | None = None) -> dict[str, Any]:
+    """Train and score a job; writes and returns its figures. `base_scores` keeps what bases answered for other jobs."""
     import torch
 
     from itune_ray.train.loop import train_local
@@ -91,7 +91,7 @@ def run_job(file: Path, out: Path, steps: int | None = None) -> dict[str, Any]:
     else:
         name, asked = "exact match", 4 if steps else ASKED
         right = (
-            exact_matches(job, None, None, asked),
+            base_matches(job, asked, base_scores),
             exact_matches(job, outcome.model_path, outcome.adapter_path, asked),
         )
         scores = [(count / asked, *wilson(count, asked)) for count in right]
@@ -169,6 +169,17 @@ def _distributions(count: int, k: int) -> Iterator[Any]:
             tokenizer=renderer.vocabulary_hash,
         )
         yield dataclasses.replace(record, teacher=teacher)
+
+
+def base_matches(job: TrainJob, asked: int, kept: Path | None) -> int:
+    """What the job's base answers exactly: the same for every job, so it is asked once."""
+    known: dict[str, int] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+    key = f"{asked} of {job.model.reference().model_dump_json()}"
+    if key not in known:
+        known[key] = exact_matches(job, None, None, asked)
+        if kept is not None:
+            kept.write_text(json.dumps(known))
+    return known[key]
 
 
 def exact_matches(job: TrainJob, model_path: str | None, adapter_path: str | None, asked: int) -> int:

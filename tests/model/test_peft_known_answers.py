@@ -184,7 +184,7 @@ def test_a_family_without_biases_in_its_config_is_refused(folder):
 
 def test_the_hypercomplex_map_is_a_sum_of_kronecker_products():
     torch.manual_seed(0)
-    layer, shared = PhmLinear(4, 16, 24, zero=False), torch.randint(-9, 9, (4, 4, 4)).float()
+    layer, shared = PhmLinear(4, 16, 24), torch.randint(-9, 9, (4, 4, 4)).float()
     for parameter in (layer.s, layer.t):  # whole numbers, whose sums no order can round
         parameter.data = torch.randint(-9, 9, parameter.shape).float()
     expected = sum(torch.kron(shared[i], layer.s[i] @ layer.t[i]) for i in range(4))
@@ -202,6 +202,33 @@ def test_compacters_adapters_share_one_a(folder):
     model = adapted(folder, "compacter")
     shared = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(".shared")}
     assert len(shared) == 1
+
+
+def test_compacter_starts_in_the_published_ranges(folder):
+    """adapter-hub's: A by N(0, (1e-4)²); s_i and t_i uniform within sqrt(6 / (rows + columns)); biases zero."""
+    model = adapted(folder, "compacter")  # hidden size 64, bottleneck 8, 4 terms; four adapters
+    started = dict(model.named_parameters())
+    shared = [p for n, p in started.items() if n.endswith(".shared")]
+    assert [p.numel() for p in shared] == [64]
+    assert 0.7e-4 < float(shared[0].std()) < 1.3e-4
+    assert abs(float(shared[0].mean())) < 0.5e-4
+    for name, long in (("down.s", 16), ("down.t", 2), ("up.s", 2), ("up.t", 16)):
+        values = torch.cat([p.flatten() for n, p in started.items() if n.endswith(f"adapter.{name}")])
+        bound = math.sqrt(6 / (long + 1))
+        assert len(values) == 4 * 4 * long
+        assert 0.85 * bound < float(values.abs().max()) <= bound
+        assert float(values.square().mean()) == pytest.approx(bound**2 / 3, rel=0.45)
+    biases = [p for n, p in started.items() if "adapter" in n and n.endswith(".bias")]
+    assert len(biases) == 8
+    assert not any(p.any() for p in biases)
+
+
+def test_every_part_of_compacter_has_a_gradient_at_the_start(folder):
+    """A zero in one factor would stop the other and A."""
+    model = adapted(folder, "compacter")
+    scores(model).sum().backward()
+    still = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert still == []
 
 
 def test_pfeiffer_is_houlsby_without_attention(folder):

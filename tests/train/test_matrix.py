@@ -41,6 +41,17 @@ def test_a_job_runs_and_is_scored(file, tmp_path):
         assert 0 <= low <= value <= high <= 1
 
 
+def test_a_base_is_asked_once(tmp_path, monkeypatch):
+    """Another base, or other questions, is another answer."""
+    asked = []
+    monkeypatch.setattr(matrix, "exact_matches", lambda job, *_: asked.append(job.model.path) or len(asked))
+    job, kept = load_job(TrainJob, FILES[0]), tmp_path / "bases.json"
+    other = job.model_copy(update={"model": job.model.model_copy(update={"path": "playground://teacher"})})
+    assert [matrix.base_matches(j, n, kept) for j, n in ((job, 9), (other, 9), (job, 9), (job, 8))] == [1, 2, 1, 3]
+    assert asked == [job.model.path, "playground://teacher", job.model.path]
+    assert matrix.base_matches(job, 9, None) == 4
+
+
 def test_intervals_that_meet_are_not_learned_from():
     row = {
         "name": "dpo", "objective": "dpo", "method": "lora", "trainable": 1000, "share": 0.01, "steps": 3,

@@ -1,7 +1,7 @@
 """Bottleneck adapters inside decoder layers: Houlsby's, Pfeiffer's and Compacter's.
 
 h <- h + W_up f(W_down h) on what attention and MLP put out, before it joins the residual stream. W_up is zero at the
-start, so the adapted model starts equal to its base.
+start, so the adapted model starts equal to its base; Compacter's is next to zero, see `CompacterAdapter`.
 """
 
 import math
@@ -19,6 +19,8 @@ from itune_ray.model.peft.names import OWN_CONFIG
 
 NAME = "bottleneck_adapter"
 """Of the submodule that attention and MLP get."""
+SHARED_STD = 1e-4
+"""Standard deviation of Compacter's A at the start, as published (adapter-hub's `phm_init_range`)."""
 
 
 class BottleneckAdapter(nn.Module):
@@ -39,10 +41,10 @@ class PhmLinear(nn.Module):
     """A linear map by parameterised hypercomplex multiplication: Wᵀ = Σ_i A_i ⊗ (s_i t_iᵀ) + bias.
 
     Shapes: A [n, n, n] (given at each call, as all layers share it), s [n, k/n, 1], t [n, 1, d/n] for k inputs and d
-    outputs.
+    outputs. At the start s_i and t_i are Glorot-uniform, each as a matrix of its own, and the bias is zero.
     """
 
-    def __init__(self, terms: int, inputs: int, outputs: int, zero: bool):
+    def __init__(self, terms: int, inputs: int, outputs: int):
         super().__init__()
         for size in (inputs, outputs):
             if size % terms:
@@ -50,13 +52,9 @@ class PhmLinear(nn.Module):
         self.s = nn.Parameter(torch.empty(terms, inputs // terms, 1))
         self.t = nn.Parameter(torch.empty(terms, 1, outputs // terms))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        bound = math.sqrt(6 / (inputs // terms + 1))
-        nn.init.uniform_(self.s, -bound, bound)
-        if zero:
-            nn.init.zeros_(self.t)
-        else:
-            bound = math.sqrt(6 / (outputs // terms + 1))
-            nn.init.uniform_(self.t, -bound, bound)
+        for factor, size in ((self.s, inputs), (self.t, outputs)):
+            bound = math.sqrt(6 / (size // terms + 1))
+            nn.init.uniform_(factor, -bound, bound)
 
     def matrix(self, shared: Tensor) -> Tensor:
         """[k, d]."""
@@ -69,12 +67,16 @@ class PhmLinear(nn.Module):
 
 
 class CompacterAdapter(nn.Module):
-    """A bottleneck of two PHM maps; its A is the same parameter in every adapter of the model."""
+    """A bottleneck of two PHM maps; its A is the same parameter in every adapter of the model.
+
+    No map is zero at the start: A is drawn by N(0, (1e-4)²), so that h changes by less than fp32 shows. A zero t
+    above such an A would leave both of them almost without a gradient.
+    """
 
     def __init__(self, hidden: int, width: int, terms: int, shared: nn.Parameter):
         super().__init__()
-        self.down = PhmLinear(terms, hidden, width, zero=False)
-        self.up = PhmLinear(terms, width, hidden, zero=True)
+        self.down = PhmLinear(terms, hidden, width)
+        self.up = PhmLinear(terms, width, hidden)
         self.shared = shared
 
     def forward(self, h: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def apply_bottlenecks(model: PreTrainedModel, config: Bottleneck) -> nn.Module:
             knob="model.peft.reduction",
         )
     terms = config.terms if isinstance(config, CompacterConfig) else 0
-    shared = nn.Parameter(torch.randn(terms, terms, terms)) if terms else None
+    shared = nn.Parameter(SHARED_STD * torch.randn(terms, terms, terms)) if terms else None
     for module in _adapted_modules(model, mlp_only=isinstance(config, PfeifferConfig)):
         device = next(module.parameters()).device
         made = BottleneckAdapter(hidden, width) if shared is None else CompacterAdapter(hidden, width, terms, shared)
