@@ -187,8 +187,8 @@ class TrainJob(Job):
     """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite. Not watched
     under `curriculum` and `reptile`, whose order of rows makes the loss rise."""
     trackers: tuple[TrackerConfig, ...] = ()
-    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written; not used by a
-    sweep's trials."""
+    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written. In a sweep each trial
+    is a run of its own there, written when the trial has ended."""
 
     def identity(self) -> Tree:
         """As for every schema; what is left unset decides nothing."""
