@@ -260,9 +260,9 @@ class TrainJob(Job):
                 "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
                 f"objective.type=classify; got {self.model.peft.type} and {self.objective.type}"
             )
-        if self.gradient_checkpointing and self.model.peft.type in CACHED:
+        if self.gradient_checkpointing and self.model.peft.name in CACHED:
             raise ValueError(
-                f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "
+                f"{self.model.peft.name} keeps keys and values that recomputation would add a second time: "
                 "set gradient_checkpointing=false"
             )
         return self
