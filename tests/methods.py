@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from itune_ray.config.adaptation import SUPPORT, PeftConfig
 from itune_ray.data.records import Record
 
+LABELS = ["apple pie", "stone", "maple tiger"]
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "lora": {"type": "lora", "rank": 4},
@@ -32,14 +33,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"type": "houlsby", "reduction": 8},
     "pfeiffer": {"type": "pfeiffer", "reduction": 8},
     "compacter": {"type": "compacter", "reduction": 8},
-    "l_tuning": {"type": "l_tuning", "labels": ["apple pie", "stone", "maple tiger"], "tokens": 3, "hidden": 16},
+    "l_tuning": {"type": "l_tuning", "labels": LABELS, "tokens": 3, "hidden": 16},
+    "l_tuning_prompt": {"type": "l_tuning", "form": "prompt", "labels": LABELS, "hidden": 16},
     "llama_adapter": {"type": "llama_adapter", "tokens": 5, "layers": 2},
     "llama_excitor": {"type": "llama_excitor", "tokens": 5, "rank": 4, "layers": 2},
 }
 assert METHODS.keys() == SUPPORT.keys()
 
 
-OTHER_OBJECTIVE = {"l_tuning": {"type": "classify"}}
+OTHER_OBJECTIVE = {"l_tuning": {"type": "classify"}, "l_tuning_prompt": {"type": "classify"}}
 """Method -> what it is trained on where that is not sft."""
 
 

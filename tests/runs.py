@@ -32,3 +32,17 @@ def rated_answer(messages: Sequence[dict[str, str]]) -> str:
     found = re.search(r"\[Answer (\w+)\]\n(.*?)\n\[End of answer \1\]", messages[-1]["content"], re.DOTALL)
     assert found is not None
     return found[2]
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of TensorBoard's one event file in a folder, as written."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = folder.iterdir()
+    data, found = file.read_bytes(), []
+    while data:  # length, its checksum, the record, its checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    return found

@@ -223,18 +223,27 @@ class LlamaExcitorConfig(UpperLayers):
 
 
 class LTuningConfig(Adaptation):
-    """Classification by the labels' own words (Kowsher et al. 2024, L-Tuning's prefix): a text is read once per label,
-    behind keys and values made from what the frozen model makes of the label, p = Z(F(M(label))). F pools the label's
-    states by learned queries, Z is prefix tuning's two-layer network; a scalar head says whether the label fits.
+    """Classification by the labels' own words (Kowsher et al. 2024, L-Tuning): a text is read once per label, behind
+    what is made from the frozen model's states of the label, M(label). A scalar head says whether the label fits.
     Trained by objective `classify`."""
 
+    silent_at_default = frozenset({"form"})
+
     type: Literal["l_tuning"] = "l_tuning"
+    form: Literal["prefix", "prompt"] = "prefix"
+    """prefix: keys and values Z(F(M(label))), F pooling the states by learned queries and Z prefix tuning's two-layer
+    network. prompt: embeddings G(M(label)) before the text's, one for each token of the label, by a two-layer network
+    G."""
     labels: Annotated[tuple[str, ...], Field(min_length=2)]
     """The words of each label."""
     tokens: Positive = 4
-    """Virtual tokens of a label, one query of F each."""
+    """Virtual tokens of a label's prefix, one query of F each; a prompt has as many as the label has tokens."""
     hidden: Positive = 128
-    """Width of Z."""
+    """Width of Z or G."""
+
+    @property
+    def name(self) -> str:
+        return "l_tuning_prompt" if self.form == "prompt" else "l_tuning"
 
     @model_validator(mode="after")
     def _differ(self) -> "LTuningConfig":
@@ -335,6 +344,7 @@ SUPPORT: dict[str, Support] = {
     "pfeiffer": _MODULES,
     "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
     "l_tuning": _PREFIX,
+    "l_tuning_prompt": _PROMPT,
     "llama_adapter": Support("none", "vLLM's attention has one softmax, and none for prompts"),
     "llama_excitor": Support("none", "vLLM's models compute keys without what the prompts add"),
 }

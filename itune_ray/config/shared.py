@@ -214,7 +214,7 @@ class VllmEngineConfig(Schema):
 class FakeEngineConfig(Schema):
     """A pure function with fault injection, for unit tests only."""
 
-    beside_identity = frozenset({"request_log", "latency_s"})
+    beside_identity = frozenset({"request_log", "latency_s", "load_s"})
 
     type: Literal["fake"] = "fake"
     fail_rate: Fraction = 0.0
@@ -226,6 +226,8 @@ class FakeEngineConfig(Schema):
     refuse_rate: Fraction = 0.0
     empty_rate: Fraction = 0.0
     latency_s: Annotated[float, Field(ge=0)] = 0.0
+    load_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds until it has loaded."""
     request_log: str | None = None
     """A local file to which the engine appends the id of every request it is given."""
 

@@ -187,8 +187,8 @@ class TrainJob(Job):
     """When to give up on a run that gets worse; null: only where the loss or its gradient is not finite. Not watched
     under `curriculum` and `reptile`, whose order of rows makes the loss rise."""
     trackers: tuple[TrackerConfig, ...] = ()
-    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written; not used by a
-    sweep's trials."""
+    """Where the steps are shown beside metrics.jsonl and Ray's metrics, which are always written. In a sweep each trial
+    is a run of its own there, written when the trial has ended."""
 
     def identity(self) -> Tree:
         """As for every schema; what is left unset decides nothing."""
@@ -265,9 +265,9 @@ class TrainJob(Job):
                 "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
                 f"objective.type=classify; got {self.model.peft.type} and {self.objective.type}"
             )
-        if self.gradient_checkpointing and self.model.peft.type in CACHED:
+        if self.gradient_checkpointing and self.model.peft.name in CACHED:
             raise ValueError(
-                f"{self.model.peft.type} keeps keys and values that recomputation would add a second time: "
+                f"{self.model.peft.name} keeps keys and values that recomputation would add a second time: "
                 "set gradient_checkpointing=false"
             )
         return self

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -25,6 +26,7 @@ class FakeEngine:
         can_sleep: bool = False,
     ):
         self._config = config or FakeEngineConfig()
+        time.sleep(self._config.load_s)
         self._failed_once: set[str] = set()
         self._embedded = 0
         self.name = f"{model.path if model else 'fake'}@fake"

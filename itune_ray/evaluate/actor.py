@@ -42,6 +42,24 @@ class EvalActor:
         return await self._asker.answer(shard)
 
 
+def started_actors(kind: type, workers: EvalWorkers, concurrency: int, *arguments: Any) -> list[Any]:
+    """Handles of `workers.num` actors of a class; one that died is started again with the same arguments.
+
+    Args:
+        concurrency: Calls one actor works on at the same time.
+    """
+    factory: Any = ray.remote(kind)
+    factory = factory.options(
+        num_cpus=workers.cpus_each,
+        num_gpus=workers.gpus_each,
+        resources=workers.resources_each,
+        max_restarts=3,
+        max_task_retries=-1,  # the restarts are the bound: while a lost node is not known lost, calls fail at once
+        max_concurrency=concurrency,
+    )
+    return [factory.remote(*arguments) for _ in range(workers.num)]
+
+
 class EvalActors:
     """The eval actors of one stage; use as a context manager.
 
@@ -50,16 +68,7 @@ class EvalActors:
     """
 
     def __init__(self, arguments: AskerArguments, workers: EvalWorkers):
-        factory: Any = ray.remote(EvalActor)
-        factory = factory.options(
-            num_cpus=workers.cpus_each,
-            num_gpus=workers.gpus_each,
-            resources=workers.resources_each,
-            max_restarts=3,
-            max_task_retries=-1,  # the restarts are the bound: while a lost node is not known lost, calls fail at once
-            max_concurrency=SHARDS_IN_FLIGHT,
-        )
-        self._actors: list[Any] = [factory.remote(arguments) for _ in range(workers.num)]
+        self._actors = started_actors(EvalActor, workers, SHARDS_IN_FLIGHT, arguments)
 
     def __enter__(self) -> Self:
         return self

@@ -31,9 +31,11 @@ from itune_ray.sweep.room import make_room, trial_resources
 from itune_ray.sweep.scheduler import Rule, SweepScheduler
 from itune_ray.sweep.scorer import Scorers
 from itune_ray.sweep.shapes import Shapes, check_compressible, on_compressed_models, shapes_of, speeds, start_pools
+from itune_ray.sweep.tracking import shown_rows, track_trial
 from itune_ray.sweep.trial import Trial
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.run import version as train_version
+from itune_ray.train.trackers import check_trackers
 
 SPEEDS = "speeds.json"
 """Shape -> generated tokens per second."""
@@ -55,7 +57,7 @@ def run(job: SweepJob, runs: RunStore, stage: str, engines: EngineHost, progress
     training is an artifact of the run beside it. Ended trials are never run again.
 
     Raises:
-        ConfigError: The metric is none of the benchmarks' scores.
+        ConfigError: The metric is none of the benchmarks' scores, or a tracker of the training cannot work.
         CompressError: A sparsity does not fit the model.
         ClusterError: The cluster cannot hold engines, eval actors and trials together.
         TrainError: No trial could be scored, or a trial's workers died more often than `max_failures` allows.
@@ -66,6 +68,8 @@ def run(job: SweepJob, runs: RunStore, stage: str, engines: EngineHost, progress
     if artifact.complete:
         return artifact
     check_compressible(points)
+    for point in points:
+        check_trackers(point.train.trackers)
     connect(job.run.ray, progress.say)
     points = on_compressed_models(points, runs, engines, progress)
     shapes = shapes_of(job, points)
@@ -74,6 +78,8 @@ def run(job: SweepJob, runs: RunStore, stage: str, engines: EngineHost, progress
     starts = engines.starts
     if sweep.todo:
         _run_trials(sweep, measures[0].items(), engines, progress)
+    for key in sweep.ledger.ends():  # those that an earlier driver or a server that was away left out
+        _track(sweep, key, progress)
     _publish(sweep, engines.starts - starts)
     return artifact
 
@@ -201,6 +207,7 @@ class _Shown:
             score = entry.cause if entry.score is None else f"{entry.score:.4g}"
             axes = self._sweep.axes_of(entry.trial)
             self._progress.say(f"  {axes}: {score} ({entry.ended} at step {entry.steps})")
+            _track(self._sweep, entry.trial, self._progress)
         self._update()
 
     def _update(self) -> None:
@@ -214,6 +221,19 @@ class _Shown:
             running=min(sweep.job.max_concurrent, len(sweep.todo)),
             best=best(scores, default="none yet"),
         )
+
+
+def _track(sweep: _Sweep, key: str, progress: Progress) -> None:
+    trial = next(trial for trial in sweep.trials if trial.point.key == key)
+    track_trial(
+        trial.plan.train,
+        trial.point.axes,
+        shown_rows(read_metrics(trial.plan.stage_dir), sweep.ledger.of(key), sweep.metric),
+        sweep=sweep.job.name,
+        run_id=f"{sweep.job.name}-{sweep.artifact.stage}-{sweep.artifact.id}-{key}",
+        folder=sweep.artifact.folder / "trials" / key,
+        say=progress.say,
+    )
 
 
 def _publish(sweep: _Sweep, engine_starts: int) -> None:

@@ -21,6 +21,7 @@ from itune_ray.config.sweep import TrialEvaluation
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.ledger import LEDGER_SCHEMA, Outcome
 from itune_ray.data.storage import Folder
+from itune_ray.evaluate.actor import started_actors
 from itune_ray.evaluate.answers import MAX_ATTEMPTS, answers_table, check_answered, outcome_of
 from itune_ray.evaluate.ask import Asked, Asker, Client, Question, model_renderer
 from itune_ray.evaluate.score import score_benchmark
@@ -107,17 +108,8 @@ class Scorers:
     """The eval actors of one sweep, owned by its driver; use as a context manager."""
 
     def __init__(self, clients: Mapping[str, Client], evaluate: TrialEvaluation, seed: int, workers: EvalWorkers):
-        factory: Any = ray.remote(Scorer)
-        factory = factory.options(
-            num_cpus=workers.cpus_each,
-            num_gpus=workers.gpus_each,
-            resources=workers.resources_each,
-            max_restarts=3,
-            max_task_retries=-1,  # the restarts are the bound: while a lost node is not known lost, calls fail at once
-            max_concurrency=TRIALS_AT_ONCE,
-        )
         self._arguments = (ray.put(clients), ray.put(evaluate))  # held here: an actor that died begins with them again
-        self.handles: list[Any] = [factory.remote(*self._arguments, seed) for _ in range(workers.num)]
+        self.handles = started_actors(Scorer, workers, TRIALS_AT_ONCE, *self._arguments, seed)
 
     def __enter__(self) -> Self:
         return self

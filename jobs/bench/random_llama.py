@@ -1,6 +1,8 @@
-"""A Llama with random weights for the benches: `python jobs/bench/random_llama.py FOLDER [tokenizer]` writes one of 20.7
-M parameters (hidden 384, intermediate 1,024, 13 layers, 6 heads, 2 kv heads, tied) with the tokenizer of a model folder,
-by default stories260K of $ITUNE_TEST_DATA (default ../shared)."""
+"""A Llama with random weights for the benches: `python jobs/bench/random_llama.py FOLDER [tokenizer]`.
+
+20.7 M parameters: hidden 384, intermediate 1,024, 13 layers, 6 heads, 2 kv heads, tied. The tokenizer is that of a model
+folder, by default stories260K of $ITUNE_TEST_DATA (default ../shared).
+"""
 
 import os
 import sys

@@ -20,15 +20,18 @@ def test_every_name_of_the_table_is_a_config_and_every_config_has_its_row():
     union = PeftConfig.__origin__.__args__  # type: ignore[attr-defined]
     names = {str(kind.model_fields["type"].default) for kind in union} - {"peft"}
     library = {name.lower() for name in PeftMethod.__args__}  # type: ignore[attr-defined]
-    assert names | library | {"rslora", "dora"} == SUPPORT.keys()
+    assert names | library | {"rslora", "dora", "l_tuning_prompt"} == SUPPORT.keys()
 
 
-def test_variants_of_lora_have_rows_of_their_own():
+def test_variants_have_rows_of_their_own():
     parse = TypeAdapter(PeftConfig).validate_python
     assert parse({"type": "lora"}).name == "lora"
     assert parse({"type": "lora", "rslora": True}).name == "rslora"
     assert parse({"type": "lora", "rslora": True, "dora": True}).name == "dora"
     assert parse({"type": "peft", "method": "IA3"}).name == "ia3"
+    labelled = {"type": "l_tuning", "labels": ["a", "b"]}
+    assert parse({**labelled, "form": "prompt"}).name == "l_tuning_prompt"
+    assert parse(labelled).identity() == {**labelled, "tokens": 4, "hidden": 128}
 
 
 @pytest.mark.parametrize("method", SUPPORT)

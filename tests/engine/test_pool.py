@@ -213,6 +213,18 @@ def test_an_ask_that_others_stand_in_the_way_of_names_what_is_missing(ray_sessio
 
 
 @pytest.mark.real
+def test_an_engine_that_loads_too_long_names_the_knob_and_another_stage_may_wait_longer(host):
+    slow = FakeEngineConfig(load_s=3.0)
+    with pytest.raises(ClusterError, match=r"1 of 1 engine replicas were not ready within 1 s; .*0\.1 CPU") as caught:
+        host.pool(served(slow, start_timeout_s=1))
+    assert caught.value.knob.startswith("pool.start_timeout_s")
+    assert host.starts == 0, "nothing is left of it"
+    pool = host.pool(served(slow, start_timeout_s=60))
+    assert pool.infos[0].load_s >= 3
+    assert [c.error for c in asyncio.run(pool.client.generate(requests(2)))] == [None] * 2
+
+
+@pytest.mark.real
 def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
     no_model = ServedModel(model=ModelRef(path=str(tmp_path)), pool=PoolConfig(cpus_each=0.1))
     with pytest.raises(ModelError, match=r"holds no config\.json") as caught:

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from methods import METHODS, config
+from methods import METHODS, OTHER_OBJECTIVE, config
 from transformers import AutoModelForCausalLM
 
 from itune_ray.config.adaptation import SUPPORT
@@ -15,7 +15,7 @@ from itune_ray.model.peft.saved import has_adapter, is_mergeable, load_adapted
 IDS = torch.arange(4, 40)[None]
 SCORED = IDS.clone()
 SCORED[:, 0] = -100
-ADAPTED = [method for method in METHODS if method not in ("full", "l_tuning")]  # the latter has a head of its own
+ADAPTED = [method for method in METHODS if method not in ("full", *OTHER_OBJECTIVE)]  # these have a head of their own
 MOVES_AT_ONCE = {"prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "fourierft", "qlora"}
 """Methods that change the model before their first step: virtual tokens, random spectra, rounded weights."""
 

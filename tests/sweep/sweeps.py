@@ -21,6 +21,7 @@ TREE: dict[str, Any] = {
         "batch": 16,
         "max_length": 128,
         "checkpoint": {"every_steps": 2},
+        "trackers": [{"type": "tensorboard"}],
     },
     "evaluate": {
         "benchmarks": [{"type": "playground", "rows": 100, "name": "exact match"}],

@@ -10,6 +10,7 @@ from collections import Counter
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from runs import scalars
 from sweeps import tree
 
 pytestmark = pytest.mark.real
@@ -73,6 +74,23 @@ def test_answers_are_stored_per_trial_and_rung(calm):
             assert sum(answers["score"].to_pylist()) / 100 == pytest.approx(rung["value"])
     with open(calm / "trials.csv") as file:
         assert len(list(csv.DictReader(file))) == 4
+
+
+def tracked(stage):
+    """Trial -> (step, tag, value) of its tracker run."""
+    return {
+        trial["key"]: scalars(stage / "trials" / trial["key"] / "tensorboard") for trial in result_of(stage)["trials"]
+    }
+
+
+def test_every_trial_is_one_tracker_run_with_its_steps_and_scores(calm):
+    runs = tracked(calm)
+    for trial in result_of(calm)["trials"]:
+        shown = runs[trial["key"]]
+        losses = {step: value for step, tag, value in shown if tag == "loss"}
+        assert list(losses) == list(range(1, trial["steps"] + 1))
+        scores = [(step, value) for step, tag, value in shown if tag == "score/exact_match"]
+        assert scores == [(rung["step"], pytest.approx(rung["value"])) for rung in trial["rungs"]]
 
 
 def test_the_bill_holds_the_tokens_of_training_and_of_scoring(calm):

@@ -1,4 +1,4 @@
-"""L-Tuning: its loss against a pass per text and label, what a segment sees, and what is written."""
+"""L-Tuning, prefix and prompt: the loss against a pass per text and label, what a segment sees, what is written."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from itune_ray.data.order import PackedTable
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.export import write_adapter
 from itune_ray.model.peft import apply_peft, parameter_report
-from itune_ray.model.peft.l_tuning import NAME
+from itune_ray.model.peft.l_tuning import NAME, PROMPT
 from itune_ray.model.peft.saved import load_adapted
 from itune_ray.model.reward import install_reward_head
 from itune_ray.train.loop import train_local
@@ -25,13 +25,12 @@ from itune_ray.train.objectives import build_objective
 from itune_ray.train.prepare import prepare_locally
 
 LABELS = METHODS["l_tuning"]["labels"]
+FORMS = pytest.mark.parametrize("method", ["l_tuning", "l_tuning_prompt"])
 SHAPE = {"batch": 8, "max_length": 40, "packing": True, "pack_length": 300, "micro_batch": 3}
 
 
-def job_of(folder, **overrides):
-    return tiny.job(
-        folder, **{**SHAPE, **settings("l_tuning"), "optimizer": {"type": "adamw", "lr": 3e-3}, **overrides}
-    )
+def job_of(folder, method="l_tuning", **overrides):
+    return tiny.job(folder, **{**SHAPE, **settings(method), "optimizer": {"type": "adamw", "lr": 3e-3}, **overrides})
 
 
 def classifier(folder, attention="eager") -> Any:
@@ -39,24 +38,38 @@ def classifier(folder, attention="eager") -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, attn_implementation=attention)
 
 
-def adapted(folder, attention="eager", **overrides) -> Any:
+def adapted(folder, method="l_tuning", attention="eager", **overrides) -> Any:
     model = classifier(folder, attention)
     install_reward_head(model)
-    return apply_peft(model, config("l_tuning", **overrides), tiny.tokenizer(), 0)
+    return apply_peft(model, config(method, **overrides), tiny.tokenizer(), 0)
+
+
+def states_by_hand(model, label):
+    """M(y) [N, h], by a pass of its own."""
+    ids = torch.tensor([tiny.tokenizer()(LABELS[label], add_special_tokens=False)["input_ids"]])
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
 def prefix_by_hand(model, label):
-    """[P, 2 · layers · kv width] of a label, from the definition and a pass of its own."""
-    own = getattr(model, NAME)
-    ids = torch.tensor([tiny.tokenizer()(LABELS[label], add_special_tokens=False)["input_ids"]])
-    h = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    """[P, 2 · layers · kv width] of a label, from the definition."""
+    own, h = getattr(model, NAME), states_by_hand(model, label)
     pooled = (h @ own.queries.weight.T).softmax(0).T @ h
     inner = torch.tanh(pooled @ own.inner.weight.T + own.inner.bias)
     return inner @ own.outer.weight.T + own.outer.bias
 
 
+def score_after_a_prompt_by_hand(model, ids, label):
+    """w · M(G(M(y)) ⊕ e(x)): one text, one label, plain transformers."""
+    own, h = getattr(model, PROMPT), states_by_hand(model, label)
+    prompt = torch.tanh(h @ own.inner.weight.T + own.inner.bias) @ own.outer.weight.T + own.outer.bias
+    whole = torch.cat([prompt, model.get_input_embeddings()(torch.tensor(ids))])[None]
+    return (model.base_model(inputs_embeds=whole).last_hidden_state[0, -1] @ model.score.weight[0]).double()
+
+
 def score_by_hand(model, ids, label):
     """w · M(x; p): one text, one label, plain transformers."""
+    if hasattr(model, PROMPT):
+        return score_after_a_prompt_by_hand(model, ids, label)
     prefix, cache = prefix_by_hand(model, label), DynamicCache()
     width = 32  # one key head per layer
     for layer, part in enumerate(prefix.split(2 * width, dim=1)):
@@ -65,9 +78,10 @@ def score_by_hand(model, ids, label):
     return (states[0, -1] @ model.score.weight[0]).double()
 
 
+@FORMS
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_texts_score_as_each_text_behind_each_label_alone(folder, tmp_path, attention):
-    model, job = adapted(folder, attention), job_of(folder)
+def test_packed_texts_score_as_each_text_behind_each_label_alone(folder, tmp_path, attention, method):
+    model, job = adapted(folder, method, attention), job_of(folder, method)
     objective = build_objective(job.objective)
     records = rows("l_tuning", 8)
     batch = collate(PackedTable(prepare_locally(job, records, str(tmp_path)).folder).rows(0), pad_id=0)
@@ -100,17 +114,20 @@ def test_a_head_of_zeros_costs_log_2(folder, tmp_path):
     assert float(objective(scores, batch).terms["entail"].detach()) / 8 == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_only_the_prefix_and_the_head_are_trained(folder):
-    model = adapted(folder)
+@FORMS
+def test_only_what_is_made_of_labels_and_the_head_are_trained(folder, method):
+    model = adapted(folder, method)
     names = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    assert names == {NAME, "score"}
-    hidden, width, out = 64, 16, 2 * 2 * 32
-    expected = 3 * hidden + hidden * width + width + width * out + out + hidden
+    hidden, width = 64, 16
+    queries, out = (3 * hidden, 2 * 2 * 32) if method == "l_tuning" else (0, hidden)
+    assert names == {NAME if method == "l_tuning" else PROMPT, "score"}
+    expected = queries + hidden * width + width + width * out + out + hidden
     assert parameter_report(model).trainable == expected
 
 
-def test_it_learns(folder, tmp_path):
-    outcome = train_local(job_of(folder, steps=30), rows("l_tuning", 64), str(tmp_path))
+@pytest.mark.parametrize(("method", "steps"), [("l_tuning", 30), ("l_tuning_prompt", 90)])
+def test_it_learns(folder, tmp_path, method, steps):
+    outcome = train_local(job_of(folder, method, steps=steps), rows("l_tuning", 64), str(tmp_path))
     metrics = read_metrics(str(tmp_path))
     assert metrics[0]["loss"] > 0.6
     assert metrics[-1]["loss"] < 0.5
@@ -118,8 +135,9 @@ def test_it_learns(folder, tmp_path):
     assert outcome.model_path is None
 
 
-def test_a_saved_adapter_scores_as_it_did(folder, tmp_path):
-    model, job = adapted(folder), job_of(folder)
+@FORMS
+def test_a_saved_adapter_scores_as_it_did(folder, tmp_path, method):
+    model, job = adapted(folder, method), job_of(folder, method)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:

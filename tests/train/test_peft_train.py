@@ -78,10 +78,9 @@ def test_it_trains_in_bf16_over_a_frozen_bf16_base(folder, tmp_path, method):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in (*CACHED, "full", "lora")])
 def test_recomputation_changes_nothing(folder, tmp_path, method):
-    records = tiny.chats(16)
     for name, again in (("kept", False), ("again", True)):
-        job = job_of(folder, METHODS[method], steps=2, gradient_checkpointing=again)
-        train_local(job, records, str(tmp_path / name))
+        job = job_of(folder, METHODS[method], steps=2, gradient_checkpointing=again, **settings(method))
+        train_local(job, rows(method, 16), str(tmp_path / name))
     kept, again = figures(tmp_path / "kept"), figures(tmp_path / "again")
     torch.testing.assert_close(kept, again, rtol=1e-5, atol=0)
 

@@ -13,7 +13,9 @@ from itune_ray.data.order import Order, PackedTable
 from itune_ray.data.records import Record
 from itune_ray.data.tasks import TaskOrder
 from itune_ray.train.loop import train_local
+from itune_ray.train.metrics import read_metrics
 from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.validation import LOG
 
 
 def rows(tasks: int = 3, count: int = 24) -> list[Record]:
@@ -105,3 +107,33 @@ def test_rows_without_a_task_are_rejected(folder, tmp_path):
 def test_what_cannot_go_together_is_refused(folder, more, message):
     with pytest.raises(ValueError, match=message):
         tiny.job(folder, reptile={}, **more)
+
+
+def shifted(by: int, start: int) -> list[Record]:
+    """A task: every word is answered by the one so many places on. No question says which task it is of."""
+    words = tiny.WORDS
+    answers = [words[(i + by) % len(words)] for i in range(len(words))]
+    return [tiny.chat(words[i], a, position=start + i, meta={"task": f"by {by}"}) for i, a in enumerate(answers)]
+
+
+@pytest.mark.soak
+def test_few_steps_on_a_held_out_task_reach_further_than_after_joint_training(folder, tmp_path):
+    """The acceptance of methods T18, where tasks contradict each other: nine shifts are trained, by turns or mixed,
+    with equal steps and learning rate; then five steps on each of the other three, all twelve pairs in each. `-s`
+    prints the losses of those pairs before and after them."""
+    held = (3, 7, 10)
+    seen = [row for by in range(12) if by not in held for row in shifted(by, 100 * by)]
+    after: dict[str, list[float]] = {}
+    for name, more in {"joint": {}, "reptile": {"reptile": {"inner_steps": 5, "rate": 0.5}}}.items():
+        shape: dict[str, Any] = {"batch": 12, "optimizer.lr": 2e-3, "log_every": 100, "checkpoint.every_steps": 5000}
+        start = train_local(tiny.job(folder, steps=1500, **shape, **more), seen, str(tmp_path / name))
+        losses = []
+        for by in held:
+            asked = {"data": [{"source": {"type": "playground", "split": "chat", "rows": 1}}]}  # its rows are given
+            few = tiny.job(start.model_path, steps=5, validation=asked, **shape)
+            out = str(tmp_path / f"{name}-{by}")
+            train_local(few, shifted(by, 5000), out, held_out=shifted(by, 9000))
+            losses.append([row["loss"] for row in read_metrics(out, LOG)])
+        print(name, [[round(loss, 3) for loss in pair] for pair in losses])
+        after[name] = [pair[-1] for pair in losses]
+    assert all(r < j for r, j in zip(after["reptile"], after["joint"], strict=True))

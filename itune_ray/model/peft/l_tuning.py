@@ -1,11 +1,13 @@
-"""L-Tuning's prefix (Kowsher et al. 2024): a text is read behind keys and values that are made from a label's words.
+"""L-Tuning (Kowsher et al. 2024): a text is read behind what is made from a label's words, as a prefix or as a prompt.
 
-    p_y = Z(F(M(y))),   F(H) = softmax(H Q)ᵀ H,   s(x, y) = w · M(x; p_y)
+    prefix: s(x, y) = w · M(x; p_y),   p_y = Z(F(M(y))),   F(H) = softmax(H Q)ᵀ H
+    prompt: s(x, y) = w · M(G(M(y)) ⊕ e(x))
 
 M is the frozen model, H [N, h] its last states over the N tokens of label y, Q [h, P] learned queries (softmax over the
-tokens), Z a two-layer network to the keys and values of all layers, as in prefix tuning, and w a scalar head at the
-text's last token. M(y) never changes, so it is computed once and kept. In a packed row all labels' virtual tokens
-stand at the beginning, and a segment sees those of its own label alone.
+tokens), Z a two-layer network to the keys and values of all layers, as in prefix tuning, G one from each state to an
+embedding, ⊕ concatenation and w a scalar head at the text's last token. M(y) never changes, so it is computed once and
+kept. In a packed row all labels' virtual tokens stand at the beginning, and a segment sees those of its own label
+alone.
 """
 
 from types import MethodType
@@ -21,8 +23,8 @@ from itune_ray.errors import ModelError
 from itune_ray.model.peft.names import OWN_CONFIG
 from itune_ray.model.peft.prompts import causal_mask, prefix_cache
 
-NAME = "label_prefix"
-"""Of the submodule that the model gets."""
+NAME, PROMPT = "label_prefix", "label_prompt"
+"""Of the submodule that the model gets, by the form."""
 
 
 class LabelPrefix(nn.Module):
@@ -51,6 +53,28 @@ class LabelPrefix(nn.Module):
         return self.outer(torch.tanh(self.inner(pooled))).flatten(0, 1)
 
 
+class LabelPrompt(nn.Module):
+    """Embeddings [Y · N, h] of Y labels, label after label: G of each state; N is the longest label's length.
+
+    Args:
+        states: M(y) [Y, N, h], padded on the right.
+        lengths: Tokens [Y] of each label.
+    """
+
+    states: Tensor
+    present: Tensor
+
+    def __init__(self, states: Tensor, lengths: Tensor, hidden: int):
+        super().__init__()
+        self.register_buffer("states", states)
+        self.register_buffer("present", torch.arange(states.shape[1]) < lengths[:, None])
+        self.inner, self.outer = nn.Linear(states.shape[-1], hidden), nn.Linear(hidden, states.shape[-1])
+
+    def forward(self) -> Tensor:
+        """See the class."""
+        return self.outer(torch.tanh(self.inner(self.states.to(self.inner.weight.dtype)))).flatten(0, 1)
+
+
 def apply_l_tuning(model: PreTrainedModel, config: LTuningConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """Freeze a sequence classifier with one label and let its scores be those of (text, label), in place.
 
@@ -58,10 +82,16 @@ def apply_l_tuning(model: PreTrainedModel, config: LTuningConfig, tokenizer: Pre
     read behind, -1 for none.
     """
     model.requires_grad_(False)
+    states, lengths = _label_states(model, config, tokenizer)
+    (_add_prompt if config.form == "prompt" else _add_prefix)(model, config, states, lengths)
+    setattr(model, OWN_CONFIG, config)
+    return model
+
+
+def _add_prefix(model: PreTrainedModel, config: LTuningConfig, states: Tensor, lengths: Tensor) -> None:
     text: Any = model.config.get_text_config()
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    states, lengths = _label_states(model, config, tokenizer)
     width = 2 * text.num_hidden_layers * heads * head_width
     model.add_module(NAME, LabelPrefix(states, lengths, config.tokens, config.hidden, width))
     original: Any = model.forward
@@ -74,8 +104,16 @@ def apply_l_tuning(model: PreTrainedModel, config: LTuningConfig, tokenizer: Pre
         return original(**_behind(prefix, config.tokens, cache, **kwargs))
 
     model.forward = MethodType(forward, model)
-    setattr(model, OWN_CONFIG, config)
-    return model
+
+
+def _add_prompt(model: PreTrainedModel, config: LTuningConfig, states: Tensor, lengths: Tensor) -> None:
+    model.add_module(PROMPT, LabelPrompt(states, lengths, config.hidden))
+    original: Any = model.forward
+
+    def forward(self: Any, *args: Any, token_scores: bool = False, **kwargs: Any) -> Any:
+        return original(**_after(self, **kwargs)) if token_scores else original(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
 
 
 @torch.no_grad()
@@ -107,8 +145,7 @@ def _behind(
     if attention_mask is None:
         attention_mask = causal_mask(input_ids.shape[1], prefix)
     own = torch.arange(len(prefix), device=prefix.device) // tokens == label_at[..., None]  # [B, T, Y · P]
-    seen = torch.zeros(own.shape, dtype=attention_mask.dtype, device=own.device)
-    seen = seen.masked_fill_(~own, torch.finfo(attention_mask.dtype).min)[:, None]
+    seen = _additive(own, attention_mask.dtype)[:, None]
     whole = attention_mask.expand(len(input_ids), -1, -1, -1)
     return {
         **kwargs,
@@ -118,3 +155,44 @@ def _behind(
         "attention_mask": torch.cat([seen, whole], -1),
         "past_key_values": cache,
     }
+
+
+def _after(
+    model: Any,
+    *,
+    label_at: Tensor,
+    value_at: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The inputs of the plain model: V = Y · N embeddings of labels, then the T words of the row. A label's embeddings
+    see those of their label before them, a segment its own label's, and itself; its positions go on from there."""
+    own = getattr(model, PROMPT)
+    words, prompt = model.get_input_embeddings()(input_ids), own()
+    (size, width), (labels, longest) = input_ids.shape, own.present.shape
+    if attention_mask is None:
+        attention_mask = causal_mask(width, words)
+    label = torch.arange(labels, device=words.device).repeat_interleave(longest)  # [V]
+    place = torch.arange(longest, device=words.device).repeat(labels)
+    before = (label[:, None] == label) & (place <= place[:, None])
+    seen = (label == label_at[..., None]) & own.present.flatten()  # [B, T, V]
+    above = torch.cat([before, before.new_zeros(len(label), width)], 1)
+    above = _additive(above, attention_mask.dtype)[None, None].expand(size, -1, -1, -1)
+    below = torch.cat([_additive(seen, attention_mask.dtype)[:, None], attention_mask.expand(size, -1, -1, -1)], -1)
+    begun = torch.where(label_at < 0, 0, own.present.sum(1)[label_at.clamp(min=0)])
+    row, column = value_at // width, value_at % width
+    return {
+        **kwargs,
+        "token_scores": True,
+        "inputs_embeds": torch.cat([prompt.to(words.dtype).expand(size, -1, -1), words], 1),
+        "position_ids": torch.cat([place.expand(size, -1), position_ids + begun], 1),
+        "attention_mask": torch.cat([above, below], -2),
+        "value_at": row * (len(label) + width) + len(label) + column,
+    }
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to attention scores: 0 where something is seen, the lowest number elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -185,6 +185,15 @@ class _Owned(NamedTuple):
         return Run(shape, self.start, memory.detach()[self.offset : self.offset + self.count])
 
 
+class _EmptyInit(deepspeed.zero.Init):
+    """Parameters that hold nothing yet. DeepSpeed would send rank 0's to all others, which fills the whole tensor's
+    pages there and is the traffic of a whole model."""
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
 def _partition(model: nn.Module, device: torch.device, home: str | None) -> None:
     """Replace every parameter by a ZeRO-3 one, on this rank a run of it, kept at `home` (None: on the device); meta
     parameters (uninitialised) get memory."""
@@ -196,5 +205,6 @@ def _partition(model: nn.Module, device: torch.device, home: str | None) -> None
             if id(parameter) not in placed:
                 values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data.to(device)
                 placed[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-                deepspeed.zero.Init(module=nn.ParameterList([placed[id(parameter)]]), remote_device=home)
+                split = _EmptyInit if parameter.is_meta else deepspeed.zero.Init
+                split(module=nn.ParameterList([placed[id(parameter)]]), remote_device=home)
             module._parameters[name] = placed[id(parameter)]
