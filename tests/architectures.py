@@ -53,31 +53,12 @@ WINDOWED = ("gemma3", "mistral")
 
 
 def family(name: str, folder: Path) -> Path:
-    """A random model of a family with the tests' tokenizer, as a Hugging Face folder; head_dim 32 is what vLLM's CPU
-    attention takes."""
+    """A random model of a family with the tests' tokenizer, as a Hugging Face folder."""
     words = tiny.tokenizer()
-    fields = {
-        "vocab_size": 384,  # real ones have room beyond the tokenizer too
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id,
-        "pad_token_id": words.pad_token_id,
-        **FAMILIES[name],
-    }
+    fields = {**tiny.shape(words), "vocab_size": 384, **FAMILIES[name]}  # real ones have room beyond the tokenizer too
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    for parameter in model.parameters():  # larger than the usual init, so that differences show
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.08)
-        elif parameter.abs().sum() == 0:  # biases, and Gemma's norms, which are scales minus one
-            torch.nn.init.normal_(parameter, std=0.2)
+    tiny.spread(model)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

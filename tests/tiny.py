@@ -66,10 +66,9 @@ def split_as_published(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
     return words
 
 
-def llama(folder: Path, **overrides: Any) -> Path:
-    """A random two-layer Llama with grouped queries, and its tokenizer, as a Hugging Face folder."""
-    words = tokenizer()
-    settings: dict[str, Any] = {
+def shape(words: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The config of a two-layer decoder with grouped queries; head_dim 32 is what vLLM's CPU attention takes."""
+    return {
         "vocab_size": len(words),
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -83,11 +82,23 @@ def llama(folder: Path, **overrides: Any) -> Path:
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**settings, **overrides}))
-    for parameter in model.parameters():  # larger than the usual init, so that differences show
-        if parameter.ndim == 2:
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Random weights larger than the usual init, so that differences show; global random state."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.08)
+        elif parameter.abs().sum() == 0:  # biases, and Gemma's norms, which are scales minus one
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def llama(folder: Path, **overrides: Any) -> Path:
+    """A random two-layer Llama with grouped queries, and its tokenizer, as a Hugging Face folder."""
+    words = tokenizer()
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**shape(words), **overrides}))
+    spread(model)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 """A Llama with random weights for the benches: `python jobs/bench/random_llama.py FOLDER [tokenizer]`.
 
-20.7 M parameters: hidden 384, intermediate 1,024, 13 layers, 6 heads, 2 kv heads, tied. The tokenizer is that of a model
-folder, by default stories260K of $ITUNE_TEST_DATA (default ../shared).
+20.7 M parameters: hidden 384, intermediate 1,024, 13 layers, 6 heads, 2 kv heads, tied. The tokenizer is that of a
+model folder, by default stories260K of $ITUNE_TEST_DATA (default ../shared).
 """
 
 import os

@@ -4,11 +4,9 @@ Two engines per family: two families are in `make test`, the others in `make soa
 which no test may take the process group from.
 """
 
-import asyncio
-import threading
-
 import architectures
 import pytest
+from engine_contract import on_loop
 
 from itune_ray.config.shared import VllmEngineConfig
 from itune_ray.engine.base import Sampling
@@ -30,14 +28,6 @@ def trained(tmp_path_factory):
     return architectures.Trainings(tmp_path_factory.mktemp)
 
 
-@pytest.fixture(scope="module")
-def loop():
-    running = asyncio.new_event_loop()
-    threading.Thread(target=running.run_forever, daemon=True).start()
-    yield running
-    running.call_soon_threadsafe(running.stop)
-
-
 def served_gap(ref, report, loop):
     """vLLM in this process, on a model and perhaps an adapter over it, against the trained model.
 
@@ -52,8 +42,7 @@ def served_gap(ref, report, loop):
     engine = VllmEngine(config, ref.model_copy(update={"dtype": "float32"}))
     try:
         llm = EngineLlm(engine, model=ref.path, sampling=Sampling(), adapter=ref.adapter, stage="gate")
-        asked = asyncio.run_coroutine_threadsafe(served_scores(llm, report.documents), loop)
-        return gap(report.trained, asked.result(120))
+        return gap(report.trained, on_loop(loop, served_scores(llm, report.documents)))
     finally:
         engine.close()
 

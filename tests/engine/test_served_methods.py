@@ -4,14 +4,13 @@ Adapters share one engine. Every merged model has its own, since `reload_weights
 (docs/decisions.md): two are in `make test`, the others in `make soak`.
 """
 
-import asyncio
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from engine_contract import on_loop
 from methods import METHODS, rows
 from methods import settings as of_method
 
@@ -34,14 +33,6 @@ MERGED_IN_MAKE_TEST = ("dora", "bitfit")
 """One that changes matrices, one that adds parameters."""
 REFUSED = [method for method in METHODS if method not in (*ADAPTERS, "full", "bitfit", "qlora")]
 """Methods whose adapter folder vLLM must not take; a QLoRA folder it would take, over a base it was not trained on."""
-
-
-@pytest.fixture(scope="module")
-def loop():
-    running = asyncio.new_event_loop()
-    threading.Thread(target=running.run_forever, daemon=True).start()
-    yield running
-    running.call_soon_threadsafe(running.stop)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,7 @@ def gap_of(engine, stage, loop, adapter=None):
     """vLLM against the trained model, on the documents of the stage's gate."""
     report = read_report(str(stage))
     llm = EngineLlm(engine, model="m", sampling=Sampling(), adapter=adapter, stage="gate")
-    return gap(report.trained, asyncio.run_coroutine_threadsafe(served_scores(llm, report.documents), loop).result(120))
+    return gap(report.trained, on_loop(loop, served_scores(llm, report.documents)))
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -111,7 +102,7 @@ def test_vllm_takes_no_other_adapter(trained, over_base, loop, method):
     """What the route of a method is not: the folder is refused, not served as something else."""
     folder = str(trained(method) / "adapter")
     request = Request(id="x", token_ids=(5, 6, 7), sampling=replace(Sampling(), max_tokens=1), adapter=folder)
-    (answer,) = asyncio.run_coroutine_threadsafe(over_base.generate([request]), loop).result(60)
+    (answer,) = on_loop(loop, over_base.generate([request]))
     assert answer.error is not None
     assert not answer.retryable
 

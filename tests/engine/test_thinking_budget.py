@@ -1,8 +1,5 @@
 """A thinking budget on real vLLM: thoughts end after so many tokens, and the answer follows."""
 
-import asyncio
-import threading
-
 import pytest
 import tiny
 from engine_contract import on_loop
@@ -33,9 +30,7 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_chats_think_for_so_many_tokens_and_texts_as_they_like(folder):
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
+def test_chats_think_for_so_many_tokens_and_texts_as_they_like(folder, loop):
     config = VllmEngineConfig(kv_cache_gb=0.1, max_model_len=128)
     engine = VllmEngine(config, ModelRef(path=str(folder), dtype="float32", thinking={"budget": BUDGET}))
     close = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(CLOSE)
@@ -49,7 +44,6 @@ def test_chats_think_for_so_many_tokens_and_texts_as_they_like(folder):
         done = on_loop(loop, engine.generate([*chats, *texts]))
     finally:
         engine.close()
-        loop.call_soon_threadsafe(loop.stop)
     assert not any(completion.error for completion in done)
     for completion in done[:4]:
         (sample,) = completion.samples

@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import shutil
-import threading
 import time
 from dataclasses import replace
 
@@ -46,15 +45,6 @@ def test_a_head_size_that_dies_at_the_first_request_is_refused_before(tmp_path):
         check_head_dim(str(tmp_path), "tiny")
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 8, "head_dim": 32}')
     check_head_dim(str(tmp_path), "tiny")
-
-
-@pytest.fixture(scope="module")
-def loop():
-    """One event loop for the engine, as in its actor."""
-    running = asyncio.new_event_loop()
-    threading.Thread(target=running.run_forever, daemon=True).start()
-    yield running
-    running.call_soon_threadsafe(running.stop)
 
 
 @pytest.fixture(scope="module")
