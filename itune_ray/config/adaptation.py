@@ -249,6 +249,8 @@ class LTuningConfig(Adaptation):
     def _differ(self) -> "LTuningConfig":
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels must differ; got {list(self.labels)}")
+        if self.form == "prompt" and self.tokens != type(self).model_fields["tokens"].default:
+            raise ValueError("tokens is of form=prefix: a prompt has as many as a label has tokens; leave it out")
         return self
 
 

@@ -153,14 +153,17 @@ def check_positions(model: Any) -> None:
     Raises:
         ModelError: The model is of such a family.
     """
-    if "token_type_ids" in inspect.signature(type(model).forward).parameters:
+    text: Any = model.config.get_text_config()
+    typed = "token_type_ids" in inspect.signature(type(model).forward).parameters
+    ahead = typed and model.config.model_type != "gemma3n"  # which takes them and does not use them
+    if ahead or getattr(text, "use_bidirectional_attention", None):
         raise ModelError(
             "the tokens of an image, or a whole prompt, see each other in both directions, which the loop does not do",
             got=model.config.model_type,
             allowed="a model with causal attention throughout, such as llava, smolvlm or idefics3",
             knob="model.path",
         )
-    rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    rope: Any = getattr(text, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         raise ModelError(
             "the model numbers image tokens by height and width, which the loop does not",

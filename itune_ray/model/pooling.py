@@ -24,15 +24,14 @@ class Pooled(NamedTuple):
     """[D, H] fp32, mean of the input embeddings of its supervised tokens."""
 
 
-def install_pooling(model: nn.Module, image_token: int) -> None:
+def install_pooling(model: nn.Module) -> None:
     """Let `model(..., token_scores=True, pool_at=documents)` return scores with `pooled`.
 
     `pool_at` [B, T] is the document of each token, counted over the rows, and -1 in padding. To be called after
-    `install_fused_head`, before PEFT and sharding.
-
-    Args:
-        image_token: Id in whose places the model puts image features.
+    `install_fused_head`, before PEFT and sharding. Images are where the model's config says that it puts their
+    features, which need not be the processor's placeholder.
     """
+    image_token = int(getattr(model.config, "image_token_id", -1))
     original: Callable[..., Any] = model.forward
 
     @functools.wraps(type(model).forward)
@@ -49,14 +48,14 @@ def install_pooling(model: nn.Module, image_token: int) -> None:
             scores = original(*args, **kwargs)
         finally:
             hook.remove()
-        if len(given) != 1 or given[0] is None:
+        images = kwargs["input_ids"] == image_token
+        if len(given) != 1 or given[0] is None or not images.any():
             raise ModelError(
                 "the model does not put image features among its word embeddings, which the vision term compares",
                 got=type(self).__name__,
                 allowed="a family that does, such as llava or idefics3, or 0",
                 knob="objective.vision",
             )
-        images = kwargs["input_ids"] == image_token
         answers = kwargs["labels"] != -100
         return scores._replace(pooled=Pooled(*(_means(given[0], marks, pool_at) for marks in (images, answers))))
 

@@ -32,7 +32,8 @@ def track_trial(
 ) -> None:
     """Show an ended trial in the trackers of its training; nothing where that was done before, or there are none.
 
-    Trackers cannot stop a sweep: one that does not open is told, and all of them are tried again when asked again.
+    Trackers cannot stop a sweep: one that does not open, or fails, is told, and all of them are tried once more when
+    the last trial has ended; what is not shown then is in metrics.jsonl and trials/ alone.
 
     Args:
         rows: See `shown_rows`.
@@ -52,7 +53,8 @@ def track_trial(
     for row in rows:
         tracked.log(row)
     tracked.close()
-    folder.write_json(DONE, {"run": run_id})
+    if tracked.whole:
+        folder.write_json(DONE, {"run": run_id})
 
 
 def shown_rows(metrics: Sequence[Mapping[str, Any]], entries: Sequence[Entry], metric: str) -> list[dict[str, Any]]:

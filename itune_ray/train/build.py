@@ -39,7 +39,6 @@ from itune_ray.model.pooling import install_pooling
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
 from itune_ray.model.router import router_loss_weight
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
-from itune_ray.train.pictured import reader_for
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -102,7 +101,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         )
     (install_reward_head if scalar(job) else install_fused_head)(model)
     if isinstance(job.objective, SftConfig) and job.objective.vision:
-        install_pooling(model, reader_for(job.model.model_dump_json()).token_id)
+        install_pooling(model)
     router_weight = 0.0 if scalar(job) or job.images is not None else router_loss_weight(model, job.router_loss)
     masking = masking_for(model)
     if isinstance(job.model.peft, PROMPTS) and masking in ("varlen", "positions"):

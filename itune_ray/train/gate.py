@@ -72,41 +72,49 @@ def gate_documents(table: PackedTable, gate: GateConfig) -> list[list[int]]:
     return found
 
 
-def trained_scores(
-    job: TrainJob,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Sequence[int]],
-    world: World,
-) -> LogProbs:
-    """Log-probabilities of every token by the trained weights; on rank 0, none elsewhere. Collective.
+@dataclass(frozen=True)
+class Twin:
+    """The trained model once more, on rank 0's CPU, in fp32."""
 
-    The model is built once more on the CPU and takes the weights in memory, gathered one tensor at a time: by fp32
-    arithmetic, since two bf16 kernels can differ by nats at one token, so that a gap is what the export has changed.
+    model: nn.Module
+    masking: Masking
+    pad: int
+
+    def scores(self, documents: Sequence[Sequence[int]]) -> LogProbs:
+        """Log-probabilities of every token but a document's first. Not collective."""
+        return [_token_scores(self, ids) for ids in documents]
+
+
+def trained_twin(job: TrainJob, model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World) -> Twin | None:
+    """The job's model built anew with the trained weights, gathered one tensor at a time; None on ranks but the first.
+    Collective.
+
+    It is scored by fp32 arithmetic, since two bf16 kernels can differ by nats at one token, and by plain attention, as
+    what was written is: a gap is what the export has changed.
     """
     reshard(model)
-    twin, masking = _twin(job, tokenizer) if world.is_main and documents else (None, "mask_4d")
+    twin = _twin(job, tokenizer) if world.is_main else None
     with torch.no_grad():
-        for name, tensor in _tensors(model) if documents else ():
+        for name, tensor in _tensors(model):
             value = whole(tensor)
             if twin is not None:
-                _tensor(twin, name).copy_(value)
-    return [] if twin is None else [_token_scores(twin, masking, ids, pad_id(tokenizer)) for ids in documents]
+                _tensor(twin.model, name).copy_(value)
+    return twin
 
 
-def _twin(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, Masking]:
-    """The job's model on this process's CPU, in fp32."""
-    model = job.model.model_copy(update={"attention": "auto"})
+def _twin(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> Twin:
+    model = job.model.model_copy(update={"attention": "eager"})
     alone = job.model_copy(update={"model": model, "precision": "fp32", "gradient_checkpointing": False})
     built = build_model(alone, tokenizer, Ddp(DdpConfig(), World(), "fp32"), World())
-    return built.model.eval(), built.masking
+    return Twin(built.model.eval(), built.masking, pad_id(tokenizer))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by the names they have without the strategy's wrapper."""
+    """Parameters and buffers by the names they have without the strategy's wrapper. Rotary frequencies are left out:
+    they follow from the config, and those of a dynamic kind from the longest row seen last."""
     inner: Any = getattr(model, "module", model)
     yield from inner.named_parameters()
-    yield from inner.named_buffers()
+    yield from ((name, buffer) for name, buffer in inner.named_buffers() if not name.endswith("inv_freq"))
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -114,12 +122,12 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-def _token_scores(model: nn.Module, masking: Masking, ids: Sequence[int], pad: int) -> list[float]:
-    batch = collate([_row(ids)], pad, masking == "varlen")
-    inputs: dict[str, Any] = model_inputs(batch, masking, torch.float32)
+def _token_scores(twin: Twin, ids: Sequence[int]) -> list[float]:
+    batch = collate([_row(ids)], twin.pad, twin.masking == "varlen")
+    inputs: dict[str, Any] = model_inputs(batch, twin.masking, torch.float32)
     assert int((batch.labels != IGNORED).sum()) == len(ids) - 1
     with torch.no_grad():
-        scores = model(**inputs, labels=batch.labels, token_scores=True)
+        scores = twin.model(**inputs, labels=batch.labels, token_scores=True)
     return scores.log_probs.tolist()
 
 

@@ -69,10 +69,10 @@ def _with_negatives(rows: Sequence[PackedRow], reader: ImageReader, world: World
 
 
 def other_images(own: Sequence[bytes], rest: Sequence[Sequence[bytes]]) -> list[bytes]:
-    """As many images as a row's own, from the first of the other rows that gives another list; its own where none does.
+    """As many images as a row's own, from the first of the other rows that gives none of them; its own where none does.
     A row with fewer gives them again, one with more its first."""
     for images in rest:
-        if (found := list(islice(cycle(images), len(own)))) != list(own):
+        if set(own).isdisjoint(found := list(islice(cycle(images), len(own)))):
             return found
     return list(own)
 

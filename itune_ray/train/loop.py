@@ -26,7 +26,7 @@ from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, load_renderer, scalar
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.divergence import Divergence
-from itune_ray.train.gate import check_written, gate_documents, trained_scores
+from itune_ray.train.gate import check_written, gate_documents, trained_twin
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
 from itune_ray.train.objectives.pairs import REFERENCE
@@ -135,13 +135,14 @@ def train_rank(
         OuterSteps(optimizers, job.reptile, lambda: loop.step, prepared.plan.steps)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
     gated = job.gate if stop_at is None and not scalar(job) and job.images is None else None
-    documents = [] if gated is None else gate_documents(rows.table, gated)
-    trained = trained_scores(job, built.model, tokenizer, documents, world)
+    twin = None if gated is None else trained_twin(job, built.model, tokenizer, world)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     if job.images is not None and world.is_main:
         for path in filter(None, (model_path, adapter_path)):
             write_processor(job, path)
-    if gated is not None and world.is_main:
+    if gated is not None and twin is not None:
+        documents = gate_documents(rows.table, gated)
+        trained, twin = twin.scores(documents), None  # its memory is given up before the next model is opened
         check_written(job, documents, trained, (model_path, adapter_path), stage_dir)
     steps = stop_at or prepared.plan.steps
     return TrainOutcome(

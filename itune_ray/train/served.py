@@ -1,11 +1,15 @@
-"""[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has, and like
-the others by fp32 arithmetic."""
+"""[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has.
+
+The merged model is served in fp32, as the other sides compute; an adapter of a bf16 training in bf16, since vLLM's GPU
+kernels take adapters of 16 bits alone.
+"""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
 from itune_ray.config.adaptation import SUPPORT
+from itune_ray.config.gate import SERVED_IN_BF16
 from itune_ray.config.shared import ModelRef, ServedModel
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
@@ -32,11 +36,13 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
     gaps: dict[str, float] = {}
     try:
         for route, model in routes_of(job, outcome):
-            ref = model.model_copy(update={"dtype": "float32"})
+            in_bf16 = job.precision == "bf16" and model.adapter is not None
+            ref = model.model_copy(update={"dtype": "bfloat16" if in_bf16 else "float32"})
             served = ServedModel(model=ref, engine=job.gate.vllm.engine, pool=job.gate.vllm.pool)
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
             scores = asyncio.run(served_scores(llm, report.documents))
-            gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
+            tolerance = job.gate.tolerance or (SERVED_IN_BF16 if in_bf16 else report.tolerance)
+            gaps |= check_routes(report.trained, {route: scores}, tolerance)
     except ExportRefusedError:
         refuse((outcome.model_path, outcome.adapter_path))
         Folder.at(stage_dir).delete(OUTCOME)  # asked again, the stage is exported again

@@ -56,6 +56,8 @@ class Tracked:
 
     def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]):
         self._trackers, self._say = dict(trackers), say
+        self.whole = True
+        """Whether no tracker was left out."""
         self._last = {name: tracker.shown for name, tracker in trackers.items()}
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -78,7 +80,8 @@ class Tracked:
             try:
                 call(name, tracker)
             except Exception as error:  # noqa: BLE001  any error of any library; the training goes on
-                del self._trackers[name]
+                self._trackers.pop(name, None)  # the end may close it while its last steps are shown
+                self.whole = False
                 log.warning("tracker %s failed: %s", name, without_keys(str(error)))
                 self._say(f"tracker {name} is left out from now on: {type(error).__name__}; see the log")
 
@@ -165,6 +168,7 @@ def open_trackers(
             else:
                 opened[key] = _Mlflow(config, name, run_id, settings)
         except Exception as error:  # noqa: BLE001  any error of any library, told in one line
+            Tracked(opened, say).close()
             reason = without_keys(next(iter(str(error).splitlines()), type(error).__name__))
             raise ConfigError(f"tracker {config.type} cannot be opened: {reason}", knob="trackers") from None
     tracked = Tracked(opened, say)
@@ -174,17 +178,16 @@ def open_trackers(
 
 
 class _Tensorboard:
-    """Event files; beside an object store they are written on this machine and copied when the run ends.
+    """Event files, written anew by every opening; beside an object store they are written on this machine and copied
+    when the run ends."""
 
-    They are not read back: where there are some, they count as holding the steps that metrics.jsonl has.
-    """
+    shown = 0
 
     def __init__(self, folder: str):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingTypeStubs]
 
         target = Folder.at(folder) / TENSORBOARD
-        rows = read_metrics(folder) if target.names() else []
-        self.shown = int(rows[-1]["step"]) if rows else 0
+        target.delete()
         self._target = None if target.is_local else target
         self._scratch = tempfile.TemporaryDirectory() if self._target is not None else None
         self._path = target.path if self._scratch is None else self._scratch.name

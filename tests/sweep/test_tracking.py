@@ -43,7 +43,9 @@ def wandb(monkeypatch):
         made: dict[str, Any] = {"asked": arguments, "steps": [], "ended": False}
         module.runs.append(made)
         return types.SimpleNamespace(
-            log=lambda values, step: made["steps"].append((step, values)), finish=lambda: made.update(ended=True)
+            step=0,
+            log=lambda values, step: made["steps"].append((step, values)),
+            finish=lambda: made.update(ended=True),
         )
 
     module.init = init

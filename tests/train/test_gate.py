@@ -49,6 +49,23 @@ def test_the_scores_are_those_of_plain_transformers(folder, tmp_path):
         assert -sum(scores) / len(scores) == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_attention_that_caps_its_scores_is_no_reason_to_refuse(tmp_path):
+    """transformers' sdpa leaves the cap out, eager attention has it, on both sides of the gate."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    words = tiny.tokenizer()
+    capped = {"attn_logit_softcapping": 0.05, "query_pre_attn_scalar": 32, "sliding_window": 64}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **{**tiny.shape(words), **capped}))
+    tiny.spread(model)
+    for part in (model, words):
+        part.save_pretrained(tmp_path / "gemma2")
+    job = job_of(tmp_path / "gemma2", packing=False, **{"model.attention": "eager"})
+    train_local(job, tiny.chats(24), str(tmp_path / "out"))
+    assert max(read_report(str(tmp_path / "out")).gaps.values()) < 1e-5
+
+
 def refused(folder, out, match):
     with pytest.raises(ModelError, match=match) as caught:
         train_local(job_of(folder), tiny.chats(24), str(out))
