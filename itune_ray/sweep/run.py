@@ -7,6 +7,7 @@ driver replays the ledger, leaves ended trials alone and lets the others go on f
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +141,9 @@ def _run_trials(sweep: _Sweep, asked: Sequence[Item], engines: EngineHost, progr
         with (
             Scorers(clients, job.evaluate, job.seed, job.evaluate.workers) as scorers,
             progress.task(sweep.artifact.stage, len(sweep.trials), "trials") as task,
+            ThreadPoolExecutor(1, "trackers") as apart,
         ):
-            _tune(sweep, scorers, _Shown(sweep, task, progress))
+            _tune(sweep, scorers, _Shown(sweep, task, progress, apart))
     finally:
         for served in shapes.served.values():
             engines.release(served)
@@ -187,10 +189,13 @@ def _raise_failure(trial: str, error: Any) -> None:
 
 
 class _Shown:
-    """Progress of the trials: how many have ended and run, the best score so far, a line for each end."""
+    """Progress of the trials: how many have ended and run, the best score so far, a line for each end.
 
-    def __init__(self, sweep: _Sweep, task: Task, progress: Progress):
-        self._sweep, self._task, self._progress = sweep, task, progress
+    Called between Tune's own steps, so trackers, whose servers may be slow, are told `apart`.
+    """
+
+    def __init__(self, sweep: _Sweep, task: Task, progress: Progress, apart: Executor):
+        self._sweep, self._task, self._progress, self._apart = sweep, task, progress, apart
         self._dirs = {trial.point.key: trial.plan.stage_dir for trial in sweep.trials}
         self._counted: dict[str, int] = defaultdict(int)
         """Trial -> the step up to which its tokens are counted."""
@@ -207,7 +212,7 @@ class _Shown:
             score = entry.cause if entry.score is None else f"{entry.score:.4g}"
             axes = self._sweep.axes_of(entry.trial)
             self._progress.say(f"  {axes}: {score} ({entry.ended} at step {entry.steps})")
-            _track(self._sweep, entry.trial, self._progress)
+            self._apart.submit(_track, self._sweep, entry.trial, self._progress)
         self._update()
 
     def _update(self) -> None:

@@ -72,7 +72,8 @@ def other_images(own: Sequence[bytes], rest: Sequence[Sequence[bytes]]) -> list[
     """As many images as a row's own, from the first of the other rows that gives none of them; its own where none does.
     A row with fewer gives them again, one with more its first."""
     for images in rest:
-        if set(own).isdisjoint(found := list(islice(cycle(images), len(own)))):
+        found = list(islice(cycle(images), len(own)))
+        if set(own).isdisjoint(found):
             return found
     return list(own)
 

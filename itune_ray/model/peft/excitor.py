@@ -25,6 +25,9 @@ from itune_ray.model.peft.names import OWN_CONFIG
 
 NAME = "excitor"
 """Of the submodule that attention gets."""
+LOGITS = 3.0
+"""Standard deviation, at the start, of the logits by which a token chooses among prompts. With linear layers' usual
+start it is 0.3: all tokens then get nearly the same key, which a softmax over keys ignores."""
 
 
 class Excitor(nn.Module):
@@ -35,6 +38,8 @@ class Excitor(nn.Module):
         keys = heads * head_width
         self.down = nn.Linear(hidden, rank, bias=False)
         self.up = nn.Linear(rank, keys, bias=False)
+        nn.init.normal_(self.down.weight, std=hidden**-0.5)
+        nn.init.normal_(self.up.weight, std=LOGITS * rank**-0.5)
         self.prompts = nn.Parameter(torch.randn(prompts, keys))
         self.gate = nn.Parameter(torch.zeros(heads))
 
