@@ -8,10 +8,8 @@ from itune_ray.config.base import Schema
 from itune_ray.config.shared import PoolConfig, Positive, VllmEngineConfig
 
 Nats = Annotated[float, Field(gt=0)]
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.05}
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1}
 """Default tolerance by precision, nats per token: what the export may round."""
-SERVED_IN_BF16 = 0.1
-"""That of an adapter which vLLM serves in bf16, against fp32 arithmetic."""
 
 
 class GateEngine(Schema):
@@ -32,7 +30,7 @@ class GateConfig(Schema):
     longest: Annotated[int, Field(ge=2)] = 256
     """Tokens of each that are scored; the rest is cut off."""
     tolerance: Nats | None = None
-    """Largest mean |Δ log p| per token, over the tokens of the worst document, in nats; default: 0.001 in fp32, 0.05
-    in bf16, and 0.1 for an adapter of a bf16 training in vLLM, which computes in bf16."""
+    """Largest mean |Δ log p| per token, over the tokens of the worst document, in nats; default: 0.001 in fp32, 0.1 in
+    bf16."""
     vllm: GateEngine | None = None
     """Ask vLLM too, once the workers have ended; the engine stays for later stages that use the same."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from itune_ray.config.adaptation import SUPPORT
-from itune_ray.config.gate import SERVED_IN_BF16
 from itune_ray.config.shared import ModelRef, ServedModel
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
@@ -41,8 +40,7 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
             served = ServedModel(model=ref, engine=job.gate.vllm.engine, pool=job.gate.vllm.pool)
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
             scores = asyncio.run(served_scores(llm, report.documents))
-            tolerance = job.gate.tolerance or (SERVED_IN_BF16 if in_bf16 else report.tolerance)
-            gaps |= check_routes(report.trained, {route: scores}, tolerance)
+            gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
     except ExportRefusedError:
         refuse((outcome.model_path, outcome.adapter_path))
         Folder.at(stage_dir).delete(OUTCOME)  # asked again, the stage is exported again
