@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor
 
 from itune_ray.config.shared import FileSource
+from itune_ray.config.train import TrainJob
+from itune_ray.data.order import Order
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 
@@ -86,3 +88,18 @@ def plain_loss(model: Any, folder: Path, records: Sequence[Record]) -> Tensor:
     processor = AutoProcessor.from_pretrained(folder)
     parts = [answer_loss(model, processor, record, encoded(record)) for record in records]
     return torch.stack([total for total, _ in parts]).sum() / sum(count for _, count in parts)
+
+
+BATCH = 6
+
+
+def job_of(folder: Path, **overrides: Any) -> TrainJob:
+    """A joint training of an image-text model."""
+    settings = {"steps": 2, "batch": BATCH, "micro_batch": BATCH, "images": {"trained": "joint"}}
+    return tiny.job(folder, **{**settings, **overrides})
+
+
+def first_step(job: TrainJob, records: Sequence[Record]) -> list[Record]:
+    """The rows of a job's first step, in order."""
+    _, indices = next(Order([r.key for r in records], [1.0] * len(records), job.seed, job.batch).steps(None, 1))
+    return [records[i] for i in indices]

@@ -3,8 +3,9 @@
 Neither is a sum over rows that each know only themselves. The vision term's means are measured first, in a pass without
 gradients over all micro-batches and ranks; each row then gets its part of the loss and the gradient at its own means,
 with which backward is exact (Gao et al. 2021). The fusion term's rows each get a second document: the same chat with
-the images of the next row of the step that shows others. Rows are ordered by their place in the step, so neither term
-depends on how the work is divided. What can still differ: with dropout the means are those of the pass without it.
+the images of the next row of the step that shows none of its own. Rows are ordered by their place in the step, so
+neither term depends on how the work is divided. What can still differ: with dropout the means are those of the pass
+without it.
 """
 
 from collections.abc import Sequence

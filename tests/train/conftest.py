@@ -1,5 +1,7 @@
 from collections.abc import Iterator
 
+import architectures
+import pictures
 import pytest
 import tiny
 import torch
@@ -10,6 +12,18 @@ import torch.distributed as dist
 def folder(tmp_path_factory):
     """A tiny pretrained model."""
     return tiny.llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A tiny LLaVA."""
+    return architectures.llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Chats with images."""
+    return pictures.write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import tiny
 import torch
 from methods import METHODS, config, rows, settings
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 from itune_ray.data.batches import collate, model_inputs
@@ -143,6 +144,8 @@ def test_a_saved_adapter_scores_as_it_did(folder, tmp_path, method):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     write_adapter(model, tiny.tokenizer(), str(tmp_path / "adapter"), base_path=str(folder))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert f"{NAME if method == 'l_tuning' else PROMPT}.states" in saved  # M(y), as the adapter was trained with
     fresh = classifier(folder)
     install_reward_head(fresh)
     fresh.score.weight.data.zero_()  # the adapter brings its own

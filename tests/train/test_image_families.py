@@ -6,10 +6,9 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from pictures import encoded, inputs_of, plain_loss, write_rows
+from pictures import encoded, first_step, inputs_of, plain_loss, write_rows
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from itune_ray.data.order import Order
 from itune_ray.errors import ModelError
 from itune_ray.model.images import check_positions
 from itune_ray.train.loop import train_local
@@ -49,8 +48,7 @@ def test_what_is_written_says_what_was_trained(seeing, records, tmp_path, peft):
     whose loss on the first step's rows is what one more step of it reports."""
     job = job_of(seeing, **{"model.peft": peft})
     train_local(job, records, str(tmp_path / "stage"))
-    _, indices = next(Order([r.key for r in records], [1.0] * len(records), job.seed, 6).steps(None, 1))
-    first = [records[i] for i in indices]
+    first = first_step(job, records)
     base = AutoModelForImageTextToText.from_pretrained(seeing, attn_implementation="eager").eval()
     before = plain_loss(base, seeing, first).item()
     assert read_metrics(str(tmp_path / "stage"))[0]["loss"] == pytest.approx(before, rel=1e-5)

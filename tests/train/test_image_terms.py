@@ -5,16 +5,16 @@ import math
 from dataclasses import replace
 
 import architectures
+import pictures
 import pytest
 import tiny
 import torch
-from pictures import answer_loss, encoded, inputs_of, png, write_rows
+from pictures import BATCH, answer_loss, encoded, first_step, inputs_of, png, write_rows
 from pydantic import ValidationError
 from ranks import STRATEGIES, run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from itune_ray.config.objectives import SftConfig
-from itune_ray.data.order import Order
 from itune_ray.errors import ModelError
 from itune_ray.model.images import exchanged
 from itune_ray.model.logprobs import install_fused_head
@@ -25,33 +25,16 @@ from itune_ray.train.metrics import read_metrics
 from itune_ray.train.objectives.image_text import contrast
 from itune_ray.train.prepare import prepare_locally
 
-BATCH = 6
 BOTH = {"type": "sft", "vision": 0.3, "fusion": 0.5}
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    return architectures.llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def job_of(folder, **overrides):
-    settings = {"steps": 2, "batch": BATCH, "micro_batch": BATCH, "images": {"trained": "joint"}, "objective": BOTH}
-    return tiny.job(folder, **{**settings, **overrides})
+    return pictures.job_of(folder, **{"objective": BOTH, **overrides})
 
 
 def figures(stage):
     names = ("loss", "grad_norm", "text_loss", "vision_loss", "fusion_loss", "match_accuracy")
     return [[row[name] for name in names if name in row] for row in read_metrics(str(stage))]
-
-
-def first_step(job, records):
-    _, indices = next(Order([r.key for r in records], [1.0] * len(records), job.seed, job.batch).steps(None, 1))
-    return [records[i] for i in indices]
 
 
 def plain_terms(model, folder, records):

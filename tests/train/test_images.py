@@ -2,48 +2,24 @@
 
 from dataclasses import replace
 
-import architectures
 import pytest
 import tiny
 import torch
-from pictures import plain_loss, write_rows
+from pictures import first_step, job_of, plain_loss
 from pydantic import ValidationError
 from ranks import STRATEGIES, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from itune_ray.data.chat import ChatRenderer
-from itune_ray.data.order import Order
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.prepare import prepare_locally
 
-BATCH = 6
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    return architectures.llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-def job_of(folder, **overrides):
-    settings = {"steps": 2, "batch": BATCH, "micro_batch": BATCH, "images": {"trained": "joint"}}
-    return tiny.job(folder, **{**settings, **overrides})
-
 
 def figures(stage):
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(str(stage))]
-
-
-def first_step(job, records):
-    _, indices = next(Order([r.key for r in records], [1.0] * len(records), job.seed, BATCH).steps(None, 1))
-    return [records[i] for i in indices]
 
 
 def test_loss_and_gradient_are_those_of_transformers(seeing, records, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from pydantic import TypeAdapter
+from runs import scalars
 
 from itune_ray.config.base import validate
 from itune_ray.config.trackers import TrackerConfig
@@ -55,26 +56,17 @@ def wandb(monkeypatch):
     return module
 
 
-def events(file):
-    """(step, name, value) of an event file."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    data, found = file.read_bytes(), []
-    while data:  # length, its checksum, the record, its checksum
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-        data = data[16 + length :]
-    return found
-
-
 def test_tensorboard_event_files_hold_every_number(tmp_path):
     tracked = opened(tmp_path, parsed(type="tensorboard"))
     for step in (1, 2):
         tracked.log({**ROW, "step": step, "loss": 2.5 - step})
     tracked.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert events(file) == [(1, "loss", 1.5), (1, "units/nll", 40.0), (2, "loss", 0.5), (2, "units/nll", 40.0)]
+    assert scalars(tmp_path / "tensorboard") == [
+        (1, "loss", 1.5),
+        (1, "units/nll", 40.0),
+        (2, "loss", 0.5),
+        (2, "units/nll", 40.0),
+    ]
 
 
 def test_a_tracker_that_joins_later_is_shown_the_steps_before(tmp_path):
@@ -84,8 +76,7 @@ def test_a_tracker_that_joins_later_is_shown_the_steps_before(tmp_path):
     for row in rows[1:]:  # the second is taken again
         tracked.log(row)
     tracked.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert events(file) == [(1, "loss", 1.5), (2, "loss", 0.5), (3, "loss", -0.5)]
+    assert scalars(tmp_path / "tensorboard") == [(1, "loss", 1.5), (2, "loss", 0.5), (3, "loss", -0.5)]
 
 
 def test_the_log_says_when_the_last_steps_are_not_all_shown(monkeypatch, caplog):

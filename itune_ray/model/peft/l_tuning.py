@@ -27,8 +27,8 @@ NAME, PROMPT = "label_prefix", "label_prompt"
 """Of the submodule that the model gets, by the form."""
 
 
-class LabelPrefix(nn.Module):
-    """Keys and values [Y · P, 2 · layers · kv width] of Y labels with P virtual tokens each, label after label.
+class _Labels(nn.Module):
+    """What a network of two layers, which a subclass has, makes of the frozen model's states of Y labels.
 
     Args:
         states: M(y) [Y, N, h], padded on the right.
@@ -37,11 +37,24 @@ class LabelPrefix(nn.Module):
 
     states: Tensor
     present: Tensor
+    inner: nn.Linear
+    outer: nn.Linear
 
-    def __init__(self, states: Tensor, lengths: Tensor, tokens: int, hidden: int, width: int):
+    def __init__(self, states: Tensor, lengths: Tensor):
         super().__init__()
         self.register_buffer("states", states)
         self.register_buffer("present", torch.arange(states.shape[1]) < lengths[:, None])
+
+    def _of(self, values: Tensor) -> Tensor:
+        """[Y, n, h] -> [Y · n, width], label after label."""
+        return self.outer(torch.tanh(self.inner(values))).flatten(0, 1)
+
+
+class LabelPrefix(_Labels):
+    """Keys and values [Y · P, 2 · layers · kv width] of Y labels with P virtual tokens each, label after label."""
+
+    def __init__(self, states: Tensor, lengths: Tensor, tokens: int, hidden: int, width: int):
+        super().__init__(states, lengths)
         self.queries = nn.Linear(states.shape[-1], tokens, bias=False)
         self.inner, self.outer = nn.Linear(states.shape[-1], hidden), nn.Linear(hidden, width)
 
@@ -49,30 +62,19 @@ class LabelPrefix(nn.Module):
         """See the class."""
         states = self.states.to(self.queries.weight.dtype)
         scores = self.queries(states).masked_fill(~self.present[..., None], float("-inf"))
-        pooled = scores.softmax(1).mT @ states  # [Y, P, h]
-        return self.outer(torch.tanh(self.inner(pooled))).flatten(0, 1)
+        return self._of(scores.softmax(1).mT @ states)  # of [Y, P, h]
 
 
-class LabelPrompt(nn.Module):
-    """Embeddings [Y · N, h] of Y labels, label after label: G of each state; N is the longest label's length.
-
-    Args:
-        states: M(y) [Y, N, h], padded on the right.
-        lengths: Tokens [Y] of each label.
-    """
-
-    states: Tensor
-    present: Tensor
+class LabelPrompt(_Labels):
+    """Embeddings [Y · N, h] of Y labels, label after label: G of each state; N is the longest label's length."""
 
     def __init__(self, states: Tensor, lengths: Tensor, hidden: int):
-        super().__init__()
-        self.register_buffer("states", states)
-        self.register_buffer("present", torch.arange(states.shape[1]) < lengths[:, None])
+        super().__init__(states, lengths)
         self.inner, self.outer = nn.Linear(states.shape[-1], hidden), nn.Linear(hidden, states.shape[-1])
 
     def forward(self) -> Tensor:
         """See the class."""
-        return self.outer(torch.tanh(self.inner(self.states.to(self.inner.weight.dtype)))).flatten(0, 1)
+        return self._of(self.states.to(self.inner.weight.dtype))
 
 
 def apply_l_tuning(model: PreTrainedModel, config: LTuningConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:

@@ -19,6 +19,7 @@ _OWN = tuple(
         "adaption_",
         "excitor",
         "label_prefix",
+        "label_prompt",
         "prompt_encoder",
         *TRAINING_ONLY,
     }
