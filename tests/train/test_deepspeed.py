@@ -1,5 +1,6 @@
 """ZeRO trains, resumes and exports what ddp does. Two processes import DeepSpeed once and run all cases in turn."""
 
+import os
 import shutil
 
 import pytest
@@ -176,6 +177,21 @@ def test_a_rank_holds_half_of_what_zero3_trains(stages):
     sizes = [f.stat().st_size for f in (stages[0] / "full/zero3 half/checkpoint").glob("step-*/*.distcp")]
     assert len(sizes) == 2
     assert max(sizes) < 1.1 * min(sizes)
+
+
+def left_behind(job, stage):
+    """What a training adds to the environment of its process."""
+    before = set(os.environ)
+    train_rank(job, prepare_locally(job, [], stage), stage)
+    return os.environ.keys() - before
+
+
+@pytest.mark.parametrize("place", ["zero2", "zero3"])
+def test_no_launchers_variable_is_left_in_the_process(folder, tmp_path, place):
+    """A LOCAL_RANK left behind makes accelerate join a group of processes that nobody started."""
+    job = job_of(folder, "full", place)
+    prepare_locally(job, tiny.chats(8), str(tmp_path))
+    assert run_ranks(1, left_behind, job, str(tmp_path)) == [set()]
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_two_ranks_write_the_same_report(folder, tmp_path, strategy):
     from itune_ray.train.prepare import prepare_locally
 
     job = job_of(folder, strategy=strategy)
-    prepare_locally(job, tiny.chats(24), str(tmp_path / "two"))
-    run_ranks(2, _train, job, str(tmp_path / "two"))
-    train_local(job, tiny.chats(24), str(tmp_path / "one"))
+    for ranks, name in ((1, "one"), (2, "two")):
+        prepare_locally(job, tiny.chats(24), str(tmp_path / name))
+        run_ranks(ranks, _train, job, str(tmp_path / name))
     one, two = (read_report(str(tmp_path / name)) for name in ("one", "two"))
     assert one.documents == two.documents
     assert gap(one.trained, two.trained) < 1e-4

@@ -50,7 +50,6 @@ class Deepspeed:
 
     def __init__(self, config: DeepspeedConfig, world: World, precision: Literal["bf16", "fp32"]):
         ensure_process_group()
-        os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # how DeepSpeed finds its device
         self._config, self._world, self._bf16 = config, world, precision == "bf16"
         self.gradient_divisor = world.size
         self._engine: Any = None
@@ -62,7 +61,8 @@ class Deepspeed:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Stage 3 gives one parameter after the other memory, and leaves this rank its run of it."""
         if self._config.stage == 3:
-            _partition(model, self._world.device, "cpu" if self._config.offload else None)
+            with _local_rank(self._world):
+                _partition(model, self._world.device, "cpu" if self._config.offload else None)
         materialise(model, self._world.device)
         return model.to(self._world.device)
 
@@ -72,7 +72,8 @@ class Deepspeed:
         (adamw,) = optimizers.optimizers
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[names[id(p)] for p in group["params"]] for group in adamw.param_groups]
-        self._engine = deepspeed.initialize(model=model, optimizer=adamw, config=self._settings())[0]
+        with _local_rank(self._world):
+            self._engine = deepspeed.initialize(model=model, optimizer=adamw, config=self._settings())[0]
         return self._engine, optimizers
 
     def _settings(self) -> dict[str, Any]:
@@ -99,7 +100,8 @@ class Deepspeed:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(cached and self._config.stage != 3)
         try:
-            yield
+            with _local_rank(self._world):
+                yield
         finally:
             torch.set_autocast_cache_enabled(cached)
 
@@ -168,6 +170,20 @@ class Deepspeed:
             return None
         place, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
         return _Owned(zero.single_partition_of_fp32_groups[mapping.param_group_index], place.start, place.numel, start)
+
+
+@contextlib.contextmanager
+def _local_rank(world: World) -> Iterator[None]:
+    """DeepSpeed finds its device by an environment variable; left behind, it would tell other libraries of the process
+    (accelerate) that a launcher started it."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 class _Owned(NamedTuple):
