@@ -113,6 +113,7 @@ def kill_trial_worker(driver):
     worker.kill()
 
 
+@pytest.mark.soak
 def test_killed_at_a_worker_and_at_the_driver_it_ends_as_if_undisturbed(itune, calm, wait_until):
     run = itune.root / "killed"
     for model in calm.parent.glob("compressed-*"):  # compressing is not what is killed here
