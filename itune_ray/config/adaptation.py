@@ -284,8 +284,9 @@ PeftConfig = Annotated[
 StrategyName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 """A strategy, DeepSpeed's by its stage."""
 STRATEGY_NAMES: tuple[StrategyName, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-Route = Literal["adapter", "merged", "none"]
-"""How vLLM gets the result: the adapter over the base, `model/` with the change merged in, or not at all."""
+Route = Literal["adapter", "merged", "prompt embeds", "none"]
+"""How vLLM gets the result: the adapter over the base, `model/` with the change merged in, the adapter as embeddings
+before each prompt, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ _FOUR_BITS = "4-bit codes are buffers, which stay whole on every rank, so nothin
 _SHARED = "its matrices A are shared by all layers, and weights are sharded layer by layer"
 
 _MERGED = Support("merged", "vLLM takes LoRA adapters alone")
-_PROMPT = Support("none", "the prompt is no token: it would have to be sent as embeddings")
+_PROMPT = Support("prompt embeds", "the prompt is no token: it is sent as embeddings")
 _PREFIX = Support("none", "vLLM takes no keys and values from outside")
 _MODULES = Support("none", "the bottlenecks are new modules that vLLM's models lack")
 
@@ -346,7 +347,7 @@ SUPPORT: dict[str, Support] = {
     "pfeiffer": _MODULES,
     "compacter": Support("none", _MODULES.note, {"fsdp2": _SHARED}),
     "l_tuning": _PREFIX,
-    "l_tuning_prompt": _PROMPT,
+    "l_tuning_prompt": Support("none", "its scalar head classifies, and vLLM's models lack it"),
     "llama_adapter": Support("none", "vLLM's attention has one softmax, and none for prompts"),
     "llama_excitor": Support("none", "vLLM's models compute keys without what the prompts add"),
 }

@@ -183,6 +183,7 @@ class VllmEngineConfig(Schema):
             "pipeline_parallel",
             "max_adapters",
             "max_adapter_rank",
+            "prompt_embeds",
             "max_logprobs",
             "enforce_eager",
             "request_log",
@@ -202,6 +203,8 @@ class VllmEngineConfig(Schema):
     max_adapters: Annotated[int, Field(ge=0)] = 0
     """LoRA adapters that can be loaded at once; 0 switches LoRA off."""
     max_adapter_rank: Positive = 64
+    prompt_embeds: bool = False
+    """Take prompts as embeddings: adapters of prompt_tuning and p_tuning, in any number."""
     max_logprobs: Positive = 20
     enforce_eager: bool | None = None
     """Skip graph capture; default: on CPU only."""

@@ -35,13 +35,14 @@ class PromptEncoder:
         self._renderer = ChatRenderer(tokenizer, template, thinking)
         self._max_model_len = max_model_len
 
-    def encode(self, request: Request) -> list[int]:
-        """Token ids of the prompt, leaving room for one new token; raises `BadPromptError`."""
+    def encode(self, request: Request, virtual: int = 0) -> list[int]:
+        """Token ids of the prompt, leaving room for `virtual` tokens before it and a new one after it; raises
+        `BadPromptError`."""
         ids = self._ids(request)
         if not ids:
             raise BadPromptError("empty_prompt: no token to continue")
-        if len(ids) + 1 > self._max_model_len:
-            raise BadPromptError(f"prompt_too_long: {len(ids)} tokens, max_model_len {self._max_model_len}")
+        if (length := virtual + len(ids)) + 1 > self._max_model_len:
+            raise BadPromptError(f"prompt_too_long: {length} tokens, max_model_len {self._max_model_len}")
         return ids
 
     def _ids(self, request: Request) -> list[int]:

@@ -22,9 +22,11 @@ from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, o
 from itune_ray.engine.base import Completion, EngineDiedError, FinishReason, Request, Sample, Sampling
 from itune_ray.engine.prompts import BadPromptError, PromptEncoder
 from itune_ray.engine.token_rows import servable_adapter
+from itune_ray.engine.virtual_prompts import after, read_virtual_prompt
 from itune_ray.errors import ITuneError, ModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.lora.request import LoRARequest
 
 ENVIRONMENT = {
@@ -69,6 +71,8 @@ class VllmEngine:
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len, model.thinking)
         self._thinking: Thinking = model.thinking
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
+        self._takes_embeddings = config.prompt_embeds
+        self._virtual: dict[str, Tensor | None] = {}
         self._embedded = 0
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
         self._scratch = tempfile.TemporaryDirectory(prefix="itune-adapters-")
@@ -115,18 +119,20 @@ class VllmEngine:
 
     async def _complete(self, request: Request) -> Completion:
         try:
-            ids = self._prompts.encode(request)
-            async with self._lora(request.adapter) as lora:
+            virtual = self._virtual_prompt(request.adapter)
+            ids = self._prompts.encode(request, 0 if virtual is None else len(virtual))
+            prompt = _tokens(ids) if virtual is None else after(virtual, ids)
+            async with self._lora(request.adapter if virtual is None else None) as lora:
                 self._check_scoring(request.sampling)
                 params = sampling_params(request.sampling, self._budget(request))
-                output = await self._backend.complete(_tokens(ids), params, lora)
+                output = await self._backend.complete(prompt, params, lora)
         except EngineDiedError:
             raise
         except (BadPromptError, ITuneError) as error:
             return Completion(id=request.id, error=str(error))
         except Exception as error:  # noqa: BLE001  vLLM refuses a single request with many kinds of errors
             return Completion(id=request.id, error=f"invalid_request: {one_line(error)}")
-        completion = completion_of(request, output)
+        completion = completion_of(request, output, 0 if virtual is None else len(virtual))
         return without_thoughts(completion) if request.messages and self._thinking == "strip" else completion
 
     def _budget(self, request: Request) -> int | None:
@@ -138,6 +144,22 @@ class VllmEngine:
             raise BadPromptError(
                 "unsupported: prompt log-probabilities beside an adapter that trains token rows; serve the merged model"
             )
+
+    def _virtual_prompt(self, adapter: str | None) -> "Tensor | None":
+        """The adapter as embeddings before the text; None of one that changes matrices."""
+        if adapter is None:
+            return None
+        if adapter not in self._virtual:
+            self._virtual[adapter] = read_virtual_prompt(Path(resolve(adapter, kind="adapter").path), self._base)
+        virtual = self._virtual[adapter]
+        if virtual is not None and not self._takes_embeddings:
+            raise ModelError(
+                "the engine was started without taking prompts as embeddings",
+                got=adapter,
+                allowed="true for adapters of prompt_tuning and p_tuning",
+                knob="engine.prompt_embeds",
+            )
+        return virtual
 
     @asynccontextmanager
     async def _lora(self, adapter: str | None) -> AsyncIterator["LoRARequest | None"]:
@@ -222,6 +244,7 @@ def engine_args(config: VllmEngineConfig, model: ModelRef, folder: str, tokenize
         "tensor_parallel_size": config.tensor_parallel,
         "pipeline_parallel_size": config.pipeline_parallel,
         "max_logprobs": config.max_logprobs,
+        "enable_prompt_embeds": config.prompt_embeds,
         "disable_log_stats": True,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
     }
@@ -276,8 +299,8 @@ def _structure(sampling: Sampling) -> Any:
     )
 
 
-def completion_of(request: Request, output: Any) -> Completion:
-    """The contract's completion from vLLM's `RequestOutput`."""
+def completion_of(request: Request, output: Any, virtual: int = 0) -> Completion:
+    """The contract's completion from vLLM's `RequestOutput`, without the first `virtual` positions of the prompt."""
     outputs = sorted(output.outputs, key=lambda part: part.index)
     odd = [str(part.finish_reason) for part in outputs if part.finish_reason not in _FINISHED]
     if odd:
@@ -294,8 +317,8 @@ def completion_of(request: Request, output: Any) -> Completion:
     return Completion(
         id=request.id,
         samples=samples * (request.sampling.n // len(samples)),
-        prompt_token_ids=tuple(output.prompt_token_ids or ()),
-        prompt_logprobs=_prompt_logprobs(output.prompt_logprobs),
+        prompt_token_ids=tuple(output.prompt_token_ids or ())[virtual:],
+        prompt_logprobs=_prompt_logprobs(output.prompt_logprobs, virtual),
         num_cached_tokens=output.num_cached_tokens or 0,
     )
 
@@ -307,8 +330,10 @@ def without_thoughts(completion: Completion) -> Completion:
     return dataclasses.replace(completion, samples=samples)
 
 
-def _prompt_logprobs(entries: Sequence[Mapping[int, Any] | None] | None) -> tuple[dict[int, float] | None, ...] | None:
-    return None if entries is None else tuple(None if entry is None else _values(entry) for entry in entries)
+def _prompt_logprobs(
+    entries: Sequence[Mapping[int, Any] | None] | None, virtual: int
+) -> tuple[dict[int, float] | None, ...] | None:
+    return None if entries is None else tuple(None if e is None else _values(e) for e in entries[virtual:])
 
 
 def _values(entry: Mapping[int, Any]) -> dict[int, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from itune_ray.config.adaptation import SUPPORT
-from itune_ray.config.shared import ModelRef, ServedModel
+from itune_ray.config.shared import ModelRef, ServedModel, VllmEngineConfig
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
 from itune_ray.engine.base import Sampling
@@ -37,7 +37,7 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
         for route, model in routes_of(job, outcome):
             in_bf16 = job.precision == "bf16" and model.adapter is not None
             ref = model.model_copy(update={"dtype": "bfloat16" if in_bf16 else "float32"})
-            served = ServedModel(model=ref, engine=job.gate.vllm.engine, pool=job.gate.vllm.pool)
+            served = ServedModel(model=ref, engine=_engine(job), pool=job.gate.vllm.pool)
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)
             scores = asyncio.run(served_scores(llm, report.documents))
             gaps |= check_routes(report.trained, {route: scores}, report.tolerance)
@@ -52,21 +52,27 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
 def routes_of(job: TrainJob, outcome: TrainOutcome) -> list[tuple[str, ModelRef]]:
     """Route -> the model to serve: the adapter over its base where vLLM takes it, and the merged model.
 
-    An engine without room for adapters (`gate.vllm.engine.max_adapters=0`) is not asked about one.
+    An engine without room for adapters (`gate.vllm.engine.max_adapters=0`) is not asked about one of LoRA's.
     """
-    takes = job.gate is None or job.gate.vllm is None or job.gate.vllm.engine.max_adapters > 0
+    assert job.gate is not None
+    assert job.gate.vllm is not None
+    route = SUPPORT[job.model.peft.name].route
+    takes = route == "prompt embeds" or (route == "adapter" and job.gate.vllm.engine.max_adapters > 0)
     found: list[tuple[str, ModelRef]] = []
-    if (
-        takes
-        and SUPPORT[job.model.peft.name].route == "adapter"
-        and outcome.adapter_path is not None
-        and job.model.path
-        and not job.model.added_tokens
-    ):
+    if takes and outcome.adapter_path is not None and job.model.path and not job.model.added_tokens:
         found.append(("vllm adapter", job.model.reference().model_copy(update={"adapter": outcome.adapter_path})))
     if outcome.model_path is not None:
         found.append(("vllm merged", ModelRef(path=outcome.model_path)))
     return found
+
+
+def _engine(job: TrainJob) -> VllmEngineConfig:
+    """The gate's engine; of a method whose adapter is sent as embeddings, one that takes them."""
+    assert job.gate is not None
+    assert job.gate.vllm is not None
+    if SUPPORT[job.model.peft.name].route != "prompt embeds":
+        return job.gate.vllm.engine
+    return job.gate.vllm.engine.model_copy(update={"prompt_embeds": True, "max_adapters": 0})
 
 
 async def served_scores(llm: EngineLlm, documents: Sequence[Sequence[int]]) -> LogProbs:

@@ -1,9 +1,11 @@
-"""Every parameter-efficient method's way to vLLM, as `SUPPORT` states it: the adapter, the merged model, or a refusal.
+"""Every parameter-efficient method's way to vLLM, as `SUPPORT` states it: the adapter, the adapter as embeddings, the
+merged model, or a refusal.
 
-Adapters share one engine. Every merged model has its own, since `reload_weights` on CPU did not give the new one
-(docs/decisions.md): two are in `make test`, the others in `make soak`.
+Adapters share one engine, and so do those that are embeddings. Every merged model has its own, since `reload_weights`
+on CPU did not give the new one (docs/decisions.md): two are in `make test`, the others in `make soak`.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from engine_contract import on_loop
 from methods import METHODS, rows
 from methods import settings as of_method
+from safetensors.torch import load_file, save_file
 
 from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.shared import ModelRef, VllmEngineConfig
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.real
 TOLERANCE = 1e-4
 """Nats per token, in fp32."""
 ADAPTERS = [method for method in METHODS if SUPPORT[method].route == "adapter"]
+EMBEDDED = [method for method in METHODS if SUPPORT[method].route == "prompt embeds"]
 MERGED = [method for method in METHODS if SUPPORT[method].route in ("adapter", "merged")]
 MERGED_IN_MAKE_TEST = ("dora", "bitfit")
 """One that changes matrices, one that adds parameters."""
@@ -56,10 +60,10 @@ def trained(base, tmp_path_factory):
     return of
 
 
-def started(folder, adapters: int):
+def started(folder, adapters: int, embeds: bool = False):
     from itune_ray.engine.vllm import VllmEngine
 
-    config = VllmEngineConfig(max_adapters=adapters, max_adapter_rank=8, kv_cache_gb=0.05)
+    config = VllmEngineConfig(max_adapters=adapters, max_adapter_rank=8, prompt_embeds=embeds, kv_cache_gb=0.05)
     return VllmEngine(config, ModelRef(path=str(folder), dtype="float32"))
 
 
@@ -67,6 +71,14 @@ def started(folder, adapters: int):
 def over_base(base):
     """An engine on the base that takes adapters."""
     engine = started(base, adapters=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def taking_embeddings(base):
+    """An engine on the base that takes prompts as embeddings."""
+    engine = started(base, adapters=0, embeds=True)
     yield engine
     engine.close()
 
@@ -83,6 +95,50 @@ def test_an_adapter_says_what_was_trained(trained, over_base, loop, method):
     stage = trained(method)
     assert gap_of(over_base, stage, loop, str(stage / "adapter")) < TOLERANCE
     assert gap_of(over_base, stage, loop) > 10 * TOLERANCE, "the base alone says the same"
+
+
+@pytest.mark.parametrize("method", EMBEDDED)
+def test_virtual_tokens_say_what_was_trained(trained, taking_embeddings, loop, method):
+    stage = trained(method)
+    assert gap_of(taking_embeddings, stage, loop, str(stage / "adapter")) < TOLERANCE
+    assert gap_of(taking_embeddings, stage, loop) > 10 * TOLERANCE, "the base alone says the same"
+
+
+@pytest.mark.parametrize("method", EMBEDDED)
+def test_virtual_tokens_generate_what_transformers_does(base, trained, taking_embeddings, loop, method):
+    """Greedy, two prompts at once and one without the adapter; what is told of the prompt is the text's alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = str(trained(method) / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    sampling = replace(Sampling(), temperature=0.0, max_tokens=8, ignore_end=True)
+    prompts = [(5, 6, 7), (9, 8, 7, 6, 5)]
+    asked = [Request(id=str(i), token_ids=ids, sampling=sampling, adapter=folder) for i, ids in enumerate(prompts)]
+    *answers, plain = on_loop(loop, taking_embeddings.generate([*asked, replace(asked[0], id="plain", adapter=None)]))
+    for ids, answer in zip(prompts, answers, strict=True):
+        theirs = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert answer.samples[0].token_ids == tuple(theirs[0, len(ids) :].tolist())
+        assert answer.prompt_token_ids == ids
+    assert plain.samples[0].token_ids != answers[0].samples[0].token_ids
+
+
+def test_virtual_tokens_that_do_not_fit_fail_their_requests_alone(trained, taking_embeddings, loop, tmp_path):
+    """Of another base, without weights, or with a text that fills the context: vLLM itself would die of the first."""
+    good = trained("prompt_tuning") / "adapter"
+    for name in ("narrow", "empty"):
+        shutil.copytree(good, tmp_path / name)
+    narrow = {"prompt_embeddings": load_file(good / "adapter_model.safetensors")["prompt_embeddings"][:, :-8].clone()}
+    save_file(narrow, tmp_path / "narrow" / "adapter_model.safetensors")
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    one = Request(id="x", token_ids=(5, 6, 7), sampling=replace(Sampling(), max_tokens=1), adapter=str(good))
+    longest = taking_embeddings._backend.max_model_len - 1
+    bad = [replace(one, adapter=str(tmp_path / name)) for name in ("narrow", "empty")]
+    found = on_loop(loop, taking_embeddings.generate([*bad, replace(one, token_ids=(5,) * longest), one]))
+    for answer, reason in zip(found, ("not embeddings of this base", "no embeddings", "prompt_too_long"), strict=False):
+        assert reason in answer.error
+        assert not answer.retryable
+    assert found[-1].error is None
 
 
 @pytest.mark.parametrize(

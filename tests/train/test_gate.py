@@ -24,7 +24,7 @@ def written(method: str) -> set[str]:
     """What a method writes that can be held against the trained model."""
     if method in ("full", "bitfit", "qlora"):  # a QLoRA adapter fits the rounded base, which is nowhere by itself
         return {"merged"}
-    return {"adapter"} if SUPPORT[method].route == "none" else {"adapter", "merged"}
+    return {"adapter", "merged"} if SUPPORT[method].route in ("adapter", "merged") else {"adapter"}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in OTHER_OBJECTIVE])  # a head of scores has no gate

@@ -43,3 +43,13 @@ def test_vllm_is_held_against_the_trained_model_and_refuses_another(folder, tmp_
     with pytest.raises(ModelError, match=r"export is refused: the written model \(vllm adapter\)"):
         check_served(job, outcome, str(tmp_path), engines)
     assert not any((tmp_path / name).exists() for name in ("model", "adapter", "outcome.json"))
+
+
+def test_vllm_scores_virtual_tokens_by_an_engine_that_takes_embeddings(folder, tmp_path, engines):
+    peft, fast = {"type": "prompt_tuning", "tokens": 4}, {"type": "adamw", "lr": 0.02}
+    job = tiny.job(folder, **{"model.peft": peft, "optimizer": fast, "gate": {"prompts": 2, "vllm": ENGINE}})
+    outcome = train_local(job, tiny.chats(24), str(tmp_path))
+    write_outcome(outcome, str(tmp_path))
+    gaps = check_served(job, outcome, str(tmp_path), engines)
+    assert gaps.keys() == {"vllm adapter"}
+    assert max(gaps.values()) < 1e-4
