@@ -5,17 +5,19 @@ gap of a route is that of its worst document. An undefined log-probability is an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from itune_ray.errors import ModelError
 from itune_ray.model.load import load_model
 from itune_ray.model.peft.saved import load_adapted
 
 Ids = Sequence[Sequence[int]]
+Images = Sequence[Mapping[str, Tensor]]
+"""Per document what the forward pass takes beside the ids, see `itune_ray.model.images.ImageReader.inputs`."""
 
 
 class ExportRefusedError(ModelError):
@@ -26,13 +28,13 @@ LogProbs = list[list[float]]
 """Per document the log-probability of each token but the first, given those before it."""
 
 
-def scores_of(model: nn.Module, documents: Ids) -> LogProbs:
+def scores_of(model: nn.Module, documents: Ids, images: Images | None = None) -> LogProbs:
     """Log-probabilities by a model as transformers or PEFT opened it: one document at a time, no fused head."""
     found: LogProbs = []
     with torch.no_grad():
-        for ids in documents:
+        for ids, shown in zip(documents, images or [{}] * len(documents), strict=True):
             given = torch.tensor([list(ids)])
-            logits: Any = model(input_ids=given, use_cache=False).logits[0]
+            logits: Any = model(input_ids=given, use_cache=False, **shown).logits[0]
             log_p = logits[-len(ids) : -1].float().log_softmax(-1)  # a trained prompt's own places come first
             found.append(log_p.gather(-1, given[0, 1:, None])[:, 0].tolist())
     return found
@@ -44,6 +46,7 @@ def written_scores(
     base: str | None,
     adapter: str | None,
     merged: str | None,
+    images: Images | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, LogProbs]:
     """Route -> log-probabilities, by fp32 arithmetic: `adapter` over its base and the `merged` model, those that there
@@ -51,13 +54,15 @@ def written_scores(
 
     Args:
         base: Folder of the model that the adapter was trained on; None leaves the adapter out.
+        images: Those of the documents, for an image-text model.
     """
     found: dict[str, LogProbs] = {}
     options: dict[str, Any] = {"dtype": torch.float32, "attention": "eager", "trust_remote_code": trust_remote_code}
+    options["sees"] = images is not None
     if adapter is not None and base is not None:
-        found["adapter"] = scores_of(load_adapted(load_model(base, **options), adapter), documents)
+        found["adapter"] = scores_of(load_adapted(load_model(base, **options), adapter), documents, images)
     if merged is not None:
-        found["merged"] = scores_of(load_model(merged, **options).eval(), documents)
+        found["merged"] = scores_of(load_model(merged, **options).eval(), documents, images)
     return found
 
 

@@ -3,11 +3,13 @@
 gate.json of the stage keeps documents, scores and gaps, so that an engine can be held against the same scores later.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -22,6 +24,7 @@ from itune_ray.model.gate import ExportRefusedError, LogProbs, check_routes, wri
 from itune_ray.model.load import pad_id
 from itune_ray.model.sharding import reshard, whole
 from itune_ray.train.build import build_model
+from itune_ray.train.pictured import IMAGE_COLUMNS, Shown, images_of_row, shown_for
 from itune_ray.train.strategies.ddp import Ddp
 from itune_ray.train.world import World
 
@@ -57,15 +60,20 @@ def tolerance_of(job: TrainJob) -> float:
     return job.gate.tolerance or TOLERANCES[job.precision]
 
 
-def gate_documents(table: PackedTable, gate: GateConfig) -> list[list[int]]:
-    """The first documents of the order; of a pair both answers count."""
-    found: list[list[int]] = []
+def gate_documents(table: PackedTable, gate: GateConfig) -> list[PackedRow]:
+    """The first documents of the order, each a row of its own with its images; of a pair both answers count.
+
+    They are cut to `gate.longest`, but not those with images, whose tokens and images belong together.
+    """
+    found: list[PackedRow] = []
     for rows in table.first_rows():
         for row in rows:
             start = 0
             for length in row.lengths.tolist():
+                images = {name: row.columns[name] for name in IMAGE_COLUMNS if name in row.columns}
                 if length > 1:
-                    found.append(row.input_ids[start : start + min(length, gate.longest)].tolist())
+                    taken = length if images else min(length, gate.longest)
+                    found.append(_row(row.input_ids[start : start + taken], images))
                 start += length
                 if len(found) == gate.prompts:
                     return found
@@ -79,10 +87,12 @@ class Twin:
     model: nn.Module
     masking: Masking
     pad: int
+    shown: Shown | None
+    """How images come to the forward pass."""
 
-    def scores(self, documents: Sequence[Sequence[int]]) -> LogProbs:
+    def scores(self, documents: Sequence[PackedRow]) -> LogProbs:
         """Log-probabilities of every token but a document's first. Not collective."""
-        return [_token_scores(self, ids) for ids in documents]
+        return [_token_scores(self, row) for row in documents]
 
 
 def trained_twin(job: TrainJob, model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World) -> Twin | None:
@@ -106,7 +116,8 @@ def _twin(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> Twin:
     model = job.model.model_copy(update={"attention": "eager"})
     alone = job.model_copy(update={"model": model, "precision": "fp32", "gradient_checkpointing": False})
     built = build_model(alone, tokenizer, Ddp(DdpConfig(), World(), "fp32"), World())
-    return Twin(built.model.eval(), built.masking, pad_id(tokenizer))
+    shown = shown_for(job, torch.device("cpu"), torch.float32)
+    return Twin(built.model.eval(), built.masking, pad_id(tokenizer), shown)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -122,30 +133,28 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-def _token_scores(twin: Twin, ids: Sequence[int]) -> list[float]:
-    batch = collate([_row(ids)], twin.pad, twin.masking == "varlen")
+def _token_scores(twin: Twin, row: PackedRow) -> list[float]:
+    batch = collate([row], twin.pad, twin.masking == "varlen")
+    assert int((batch.labels != IGNORED).sum()) == len(row.input_ids) - 1
+    batch, images = (batch, {}) if twin.shown is None else twin.shown(batch)
     inputs: dict[str, Any] = model_inputs(batch, twin.masking, torch.float32)
-    assert int((batch.labels != IGNORED).sum()) == len(ids) - 1
     with torch.no_grad():
-        scores = twin.model(**inputs, labels=batch.labels, token_scores=True)
+        scores = twin.model(**inputs, **images, labels=batch.labels, token_scores=True)
     return scores.log_probs.tolist()
 
 
-def _row(ids: Sequence[int]) -> PackedRow:
-    import numpy as np
-
-    lengths = np.array([len(ids)], np.int32)
-    return PackedRow(np.array(ids, np.int32), np.ones(len(ids), np.bool_), lengths, ("gate",))
+def _row(ids: NDArray[np.int32], images: Mapping[str, NDArray[np.generic]]) -> PackedRow:
+    return PackedRow(ids, np.ones(len(ids), np.bool_), np.array([len(ids)], np.int32), ("gate",), images)
 
 
 def check_written(
     job: TrainJob,
-    documents: list[list[int]],
+    rows: Sequence[PackedRow],
     trained: LogProbs,
     paths: tuple[str | None, str | None],
     stage_dir: str,
 ) -> None:
-    """Hold model/ and adapter/ against the trained model, on one rank; writes gate.json.
+    """Hold model/ and adapter/ against the trained model, by the documents `rows`, on one rank; writes gate.json.
 
     Raises:
         ExportRefusedError: They differ by more than the tolerance; both folders are gone then.
@@ -157,11 +166,14 @@ def check_written(
     # nowhere but in model/.
     alone = job.model.path is not None and job.model.peft.type != "qlora" and not job.model.added_tokens
     base = local_model_folder(job.model.reference()).path if alone and adapter is not None else None
+    documents = [row.input_ids.tolist() for row in rows]
+    shown = shown_for(job, torch.device("cpu"), torch.float32)
     routes = written_scores(
         documents,
         base=base,
         adapter=adapter,
         merged=merged,
+        images=None if shown is None else [shown.inputs(images_of_row(row)) for row in rows],
         trust_remote_code=job.model.trust_remote_code,
     )
     try:

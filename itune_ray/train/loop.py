@@ -134,7 +134,7 @@ def train_rank(
     if job.reptile is not None:
         OuterSteps(optimizers, job.reptile, lambda: loop.step, prepared.plan.steps)
     metrics = loop.run(on_progress and _with_flops(on_progress, built.report), stop_at)
-    gated = job.gate if stop_at is None and not scalar(job) and job.images is None else None
+    gated = job.gate if stop_at is None and not scalar(job) else None
     twin = None if gated is None else trained_twin(job, built.model, tokenizer, world)
     model_path, adapter_path = _export(job, built, tokenizer, stage_dir, world, stop_at)
     if job.images is not None and world.is_main:

@@ -28,6 +28,7 @@ from itune_ray.train.documents import Document, DocumentError, Documents, check_
 
 BYTES, SIZES = "image_bytes", "image_sizes"
 """Columns: the encoded images of a document end to end, and how many bytes each has."""
+IMAGE_COLUMNS = (BYTES, SIZES)
 
 
 @lru_cache(maxsize=4)
@@ -95,7 +96,11 @@ class Shown:
         if not images:
             images = [self.reader.blank()]
             batch = _only_images(self.reader.expansion(images[0])).to(self.device)
-        return batch, to_compute(self.reader.inputs(images), self.device, self.dtype)
+        return batch, self.inputs(images)
+
+    def inputs(self, images: Sequence[bytes]) -> dict[str, Tensor]:
+        """Encoded images as the forward pass takes them."""
+        return to_compute(self.reader.inputs(images), self.device, self.dtype)
 
 
 def _images(batch: Batch) -> list[bytes]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from itune_ray.errors import ModelError
 from itune_ray.model.images import check_positions
+from itune_ray.train.gate import read_report
 from itune_ray.train.loop import train_local
 from itune_ray.train.metrics import read_metrics
 
@@ -46,8 +47,11 @@ def test_pictures_of_other_sizes_are_other_numbers_of_tokens(seeing, records):
 def test_what_is_written_says_what_was_trained(seeing, records, tmp_path, peft):
     """The first step's loss is that of transformers, and the exports opened by transformers and PEFT give one model,
     whose loss on the first step's rows is what one more step of it reports."""
-    job = job_of(seeing, **{"model.peft": peft})
+    job = job_of(seeing, **{"model.peft": peft, "gate": {"prompts": 3}})
     train_local(job, records, str(tmp_path / "stage"))
+    gaps = read_report(str(tmp_path / "stage")).gaps
+    assert gaps.keys() == ({"merged"} if peft["type"] == "full" else {"adapter", "merged"})
+    assert max(gaps.values()) < 1e-5
     first = first_step(job, records)
     base = AutoModelForImageTextToText.from_pretrained(seeing, attn_implementation="eager").eval()
     before = plain_loss(base, seeing, first).item()

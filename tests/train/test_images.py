@@ -11,10 +11,17 @@ from ranks import STRATEGIES, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from itune_ray.config.gate import GateConfig
 from itune_ray.data.chat import ChatRenderer
+from itune_ray.data.order import PackedTable
 from itune_ray.errors import ModelError, TrainError
+from itune_ray.model.export import export_trained
+from itune_ray.model.gate import ExportRefusedError, gap, scores_of
+from itune_ray.model.images import ImageReader
+from itune_ray.train.gate import gate_documents, read_report
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
+from itune_ray.train.pictured import images_of_row
 from itune_ray.train.prepare import prepare_locally
 
 
@@ -74,6 +81,45 @@ def test_lora_adapts_the_language_model_alone(seeing, records, tmp_path):
     done = train_local(job_of(seeing, **{"model.peft": peft, "optimizer.lr": 0.01}), records, str(tmp_path))
     assert {m.name.partition(".layers.")[0] for m in done.parameters.matrices} == {"model.language_model"}
     assert changed(seeing, tmp_path / "model") == {"language_model"}
+
+
+GATED = {"gate": {"prompts": 4, "longest": 8}, "optimizer": {"type": "adamw", "lr": 0.01}}
+"""A longest that would cut through an image's tokens."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("settings", "routes"),
+    [
+        ({"images": {"trained": "projector"}}, {"merged"}),
+        ({"model.peft": {"type": "lora", "rank": 4}}, {"adapter", "merged"}),
+    ],
+    ids=["projector", "lora"],
+)
+def test_what_is_written_says_of_images_what_was_trained(seeing, records, tmp_path, settings, routes, precision):
+    train_local(job_of(seeing, **settings, **GATED, precision=precision), records, str(tmp_path))
+    report = read_report(str(tmp_path))
+    assert report.gaps.keys() == routes
+    assert max(report.gaps.values()) < (1e-5 if precision == "fp32" else 0.02)
+    base = AutoModelForImageTextToText.from_pretrained(seeing, attn_implementation="eager")
+    reader = ImageReader(str(seeing))
+    rows = gate_documents(PackedTable(str(tmp_path / "order")), GateConfig(**GATED["gate"]))
+    assert [row.input_ids.tolist() for row in rows] == report.documents
+    shown = [reader.inputs(images_of_row(row)) for row in rows]
+    assert gap(scores_of(base, report.documents, shown), report.trained) > 0.001, "training moved nothing"
+
+
+def test_an_export_that_forgot_the_projector_is_refused(seeing, records, tmp_path, monkeypatch):
+    def forgetful(model, *args, **kwargs):
+        for name, tensor in model.named_parameters():
+            if "multi_modal_projector" in name:
+                tensor.data.add_(0.05)
+        return export_trained(model, *args, **kwargs)
+
+    monkeypatch.setattr("itune_ray.train.loop.export_trained", forgetful)
+    with pytest.raises(ExportRefusedError, match=r"\(merged\) does not say what was trained"):
+        train_local(job_of(seeing, images={"trained": "projector"}, **GATED), records, str(tmp_path))
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(seeing, records, tmp_path):
