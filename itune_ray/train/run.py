@@ -4,7 +4,6 @@ Tokenising and packing finish before the trainer starts (`train.workers`), so th
 process group. Torch and transformers are imported inside functions, where they are needed.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -62,7 +61,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         held_out, unread = read_held_out(job.validation.data)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     tracked = _tracked(job, artifact, progress.say)
-    with progress.task(stage, prepared.plan.steps, unit="steps") as task, contextlib.closing(tracked):
+    with progress.task(stage, prepared.plan.steps, unit="steps") as task, tracked:
         outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked))
     if job.gate is not None and job.gate.vllm is not None:
         from itune_ray.train.served import check_served

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from itune_ray.config.trackers import MlflowTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from itune_ray.data.storage import Folder
@@ -42,7 +42,7 @@ class Tracker(Protocol):
         """The numbers of one step; steps only rise."""
         ...
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """The run has ended, or this process goes."""
         ...
 
@@ -71,9 +71,15 @@ class Tracked:
 
         self._each(show)
 
-    def close(self) -> None:
-        """Write what is still on its way."""
-        self._each(lambda _, tracker: tracker.close())
+    def close(self, failed: bool = False) -> None:
+        """Write what is still on its way, and how the run has ended."""
+        self._each(lambda _, tracker: tracker.close(failed))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def _each(self, call: Callable[[str, Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -168,7 +174,7 @@ def open_trackers(
             else:
                 opened[key] = _Mlflow(config, name, run_id, settings)
         except Exception as error:  # noqa: BLE001  any error of any library, told in one line
-            Tracked(opened, say).close()
+            Tracked(opened, say).close(failed=True)
             reason = without_keys(next(iter(str(error).splitlines()), type(error).__name__))
             raise ConfigError(f"tracker {config.type} cannot be opened: {reason}", knob="trackers") from None
     tracked = Tracked(opened, say)
@@ -197,7 +203,7 @@ class _Tensorboard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
         if self._target is not None and self._scratch is not None:
             _copy(Path(self._path), self._target)
@@ -230,8 +236,8 @@ class _Wandb:
     def log(self, step: int, numbers: Numbers) -> None:
         self._run.log(numbers, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
         if self._target is not None and self._scratch is not None:
             if _offline():
                 _copy(Path(self._scratch.name), self._target)
@@ -272,5 +278,5 @@ class _Mlflow:
         metric: Any = importlib.import_module("mlflow.entities").Metric
         self._client.log_batch(self._id, metrics=[metric(name, value, now, step) for name, value in numbers.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, failed: bool) -> None:
+        self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")

@@ -45,7 +45,7 @@ def wandb(monkeypatch):
         return types.SimpleNamespace(
             step=0,
             log=lambda values, step: made["steps"].append((step, values)),
-            finish=lambda: made.update(ended=True),
+            finish=lambda exit_code: made.update(ended=True),
         )
 
     module.init = init

@@ -1,5 +1,6 @@
 """Trackers: event files read back, the calls that W&B and MLflow get (their modules stand in), and what is refused."""
 
+import contextlib
 import json
 import logging
 import os
@@ -47,8 +48,8 @@ def wandb(monkeypatch):
         def log(self, values, step):
             module.calls.append((step, values))
 
-        def finish(self):
-            module.calls.append("finish")
+        def finish(self, exit_code):
+            module.calls.append(f"finish {exit_code}")
 
     module.init = lambda **arguments: module.calls.append(arguments) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -110,7 +111,7 @@ def test_wandb_goes_on_with_its_run_and_sees_each_step_once(tmp_path, wandb):
     assert asked.items() <= first.items()
     assert first["config"] == {"seed": 0}
     assert steps == [(step, {"loss": 2.5, "units/nll": 40.0}) for step in (1, 2, 3)]
-    assert last == "finish"
+    assert last == "finish 0"
 
 
 def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
@@ -147,8 +148,8 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
         def log_batch(self, run, metrics):
             calls.extend((run, key, value, step) for key, value, _, step in metrics)
 
-        def set_terminated(self, run):
-            calls.append(("done", run))
+        def set_terminated(self, run, status):
+            calls.append((status, run))
 
     module: Any = types.ModuleType("mlflow")
     module.MlflowClient = Client
@@ -156,12 +157,17 @@ def test_mlflow_finds_its_run_again(tmp_path, monkeypatch):
     entities: Any = types.ModuleType("mlflow.entities")
     entities.Metric = lambda key, value, timestamp, step: (key, value, timestamp, step)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    for _ in range(2):
-        tracked = opened(tmp_path, parsed(type="mlflow", uri="http://tracking:5000"))
-        for step in (4, 5):
-            tracked.log({"step": step, "loss": 1.0})
-        tracked.close()
+    for interrupted in (True, False):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            opened(tmp_path, parsed(type="mlflow", uri="http://tracking:5000")) as tracked,
+        ):
+            for step in (4, 5):
+                tracked.log({"step": step, "loss": 1.0})
+            if interrupted:
+                raise KeyboardInterrupt
     assert len(runs) == 1
+    assert [call for call in calls if call[1] == "r1"] == [("FAILED", "r1"), ("RUNNING", "r1"), ("FINISHED", "r1")]
     assert calls.count(("seed", "0")) == 1
     assert calls.count(("RUNNING", "r1")) == 1
     assert [calls.count(("r1", "loss", 1.0, step)) for step in (4, 5)] == [1, 1]
@@ -214,22 +220,22 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_others_go_on(caplog):
         def log(self, step, numbers):
             raise OSError(f"no route to the server with {os.environ['WANDB_API_KEY']}")
 
-        def close(self):
+        def close(self, failed):
             raise AssertionError("it was left out")
 
     seen, said = [], []
     kept: Any = types.SimpleNamespace(
-        shown=0, log=lambda step, values: seen.append(step), close=lambda: seen.append("close")
+        shown=0, log=lambda step, values: seen.append(step), close=lambda failed: seen.append(f"failed {failed}")
     )
     os.environ["WANDB_API_KEY"] = "a-secret-of-mine"
     try:
         tracked = Tracked({"broken": Broken(), "kept": kept}, said.append)
         tracked.log(ROW)
         tracked.log({**ROW, "step": 2})
-        tracked.close()
+        tracked.close(failed=True)
     finally:
         del os.environ["WANDB_API_KEY"]
-    assert seen == [1, 2, "close"]
+    assert seen == [1, 2, "failed True"]
     assert said == ["tracker broken is left out from now on: OSError; see the log"]
     assert "a-secret-of-mine" not in caplog.text
     assert "no route" in caplog.text
