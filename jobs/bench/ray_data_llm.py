@@ -1,9 +1,11 @@
 """The bench job's prompts through `ray.data.llm` with the same engine arguments and environment, start included; then
-through `itune generate`, start included too. Theirs is given token ids, so that both engines see the same prompts;
-ours renders and tokenises as always.
+through `itune generate`, start included too.
 
-`python jobs/bench/ray_data_llm.py [jobs/bench/generate.yaml] [a.b=c ...]`. Each side is a process of its own; the last
-line is one JSON object, whose `ratio` is our tokens per second over theirs.
+`python jobs/bench/ray_data_llm.py [jobs/bench/generate.yaml] [a.b=c ...]`. Both are given messages, and render and
+tokenise them: theirs by the stages that it has for that by default (it puts the tokenizer's first token before the
+text). Theirs runs once more on ready token ids, those that our engine sees, without these stages. Each side is a
+process of its own; the last line is one JSON object: `ratio` is our tokens per second over theirs, `ratio_on_ids` the
+same over theirs on token ids.
 """
 
 import json
@@ -19,7 +21,7 @@ from itune_ray.config.base import load_job
 from itune_ray.config.bench import BenchJob
 from itune_ray.config.shared import VllmEngineConfig
 from itune_ray.data.hub import resolve
-from itune_ray.data.records import row_seed
+from itune_ray.data.records import Record, row_seed
 from itune_ray.data.sources import read_source
 from itune_ray.engine.base import Request, Sampling
 from itune_ray.engine.prompts import PromptEncoder
@@ -28,8 +30,12 @@ from itune_ray.engine.vllm import CPU_ENVIRONMENT, ENVIRONMENT, engine_args, loa
 SEED_STAGE = "generate"
 
 
-def theirs(job: BenchJob, out: str) -> int:
-    """Prompts to Parquet by Ray's own processor; returns the characters written."""
+def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
+    """Prompts to Parquet by Ray's own processor; returns the tokens generated.
+
+    Args:
+        on_ids: Render and tokenise here, instead of in its stages.
+    """
     import pyarrow.parquet as pq
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -46,8 +52,8 @@ def theirs(job: BenchJob, out: str) -> int:
     config = vLLMEngineProcessorConfig(
         model_source=folder,
         engine_kwargs=args,
-        chat_template_stage=False,
-        tokenize_stage=False,
+        chat_template_stage=not on_ids and {"chat_template": model.chat_template},
+        tokenize_stage=not on_ids,
         batch_size=256,
         concurrency=1,
         accelerator_type=None,
@@ -56,28 +62,26 @@ def theirs(job: BenchJob, out: str) -> int:
     sampling = stage.sampling
 
     def before(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "tokenized_prompt": row["ids"],
-            "sampling_params": {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_tokens": sampling.max_tokens,
-                "seed": row["seed"],
-            },
+        params = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": row["seed"],
         }
+        return {("tokenized_prompt" if on_ids else "messages"): row["prompt"], "sampling_params": params}
 
     def after(row: dict[str, Any]) -> dict[str, Any]:
         return {"text": row["generated_text"], "tokens": row["num_generated_tokens"]}
 
     records = [record for source in stage.prompts for record in read_source(source).records]
     encoder = PromptEncoder(load_tokenizer(folder, model), model.chat_template, engine.max_model_len or 2**30)
-    rows = [
-        {
-            "ids": encoder.encode(Request(id="", sampling=Sampling(), messages=record.prompt)),
-            "seed": row_seed(job.seed, SEED_STAGE, record.key),
-        }
-        for record in records
-    ]
+
+    def prompt(record: Record) -> Any:
+        if on_ids:
+            return encoder.encode(Request(id="", sampling=Sampling(), messages=record.prompt))
+        return [dict(message) for message in record.prompt]
+
+    rows = [{"prompt": prompt(r), "seed": row_seed(job.seed, SEED_STAGE, r.key)} for r in records]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 256))
     build_processor(config, preprocess=before, postprocess=after)(dataset).write_parquet(out)
     return sum(pq.read_table(out)["tokens"].to_pylist())
@@ -94,14 +98,15 @@ def ours(job: BenchJob, out: str) -> int:
 
 
 def main() -> None:
-    """Both sides, one after the other."""
+    """All sides, one after the other."""
     if sys.argv[1] == "--side":
         side, out, *rest = sys.argv[2:]
         job = load_job(BenchJob, Path(rest[0]), rest[1:])
-        print(json.dumps({"tokens": {"theirs": theirs, "ours": ours}[side](job, out)}))
+        tokens = ours(job, out) if side == "ours" else theirs(job, out, on_ids=side == "theirs_on_ids")
+        print(json.dumps({"tokens": tokens}))
         return
     told: dict[str, Any] = {}
-    for side in ("theirs", "ours"):
+    for side in ("theirs", "theirs_on_ids", "ours"):
         with tempfile.TemporaryDirectory() as out:
             began = time.perf_counter()
             command = [sys.executable, __file__, "--side", side, f"{out}/rows", *sys.argv[1:]]
@@ -111,7 +116,12 @@ def main() -> None:
                 raise SystemExit(done.stderr[-2000:])
             tokens = json.loads(done.stdout.strip().splitlines()[-1])["tokens"]
             told[side] = {"seconds": round(seconds, 1), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
-    print(json.dumps({"ratio": round(told["ours"]["tokens_per_s"] / told["theirs"]["tokens_per_s"], 2), **told}))
+    speed = {side: figures["tokens_per_s"] for side, figures in told.items()}
+    ratios = {
+        "ratio": speed["ours"] / speed["theirs"],
+        "ratio_on_ids": speed["ours"] / speed["theirs_on_ids"],
+    }
+    print(json.dumps({**{name: round(ratio, 2) for name, ratio in ratios.items()}, **told}))
 
 
 if __name__ == "__main__":
