@@ -28,7 +28,7 @@ class GateConfig(Schema):
     prompts: Positive = 4
     """Documents of the training order that are scored."""
     longest: Annotated[int, Field(ge=2)] = 256
-    """Tokens of each that are scored; the rest is cut off."""
+    """Tokens of each that are scored; the rest is cut off, but not of documents with images."""
     tolerance: Nats | None = None
     """Largest mean |Δ log p| per token, over the tokens of the worst document, in nats; default: 0.001 in fp32, 0.1 in
     bf16."""

@@ -1,6 +1,6 @@
 """Sections that several jobs share: where rows come from, which model, which engine, how it samples, where it runs."""
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -131,7 +131,8 @@ class ModelRef(Schema):
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
     adapter: str | None = None
-    """A LoRA adapter folder or URI to use with it, e.g. `step://sft/adapter`."""
+    """An adapter folder or URI to use with it, e.g. `step://sft/adapter`: LoRA's, which takes an engine with
+    `max_adapters`, or virtual tokens, which take one with `prompt_embeds`."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     chat_template: str | None = None
@@ -204,7 +205,7 @@ class VllmEngineConfig(Schema):
     """LoRA adapters that can be loaded at once; 0 switches LoRA off."""
     max_adapter_rank: Positive = 64
     prompt_embeds: bool = False
-    """Take prompts as embeddings: adapters of prompt_tuning and p_tuning, in any number."""
+    """Take prompts as embeddings: adapters of prompt_tuning and p_tuning, in any number, instead of LoRA's."""
     max_logprobs: Positive = 20
     enforce_eager: bool | None = None
     """Skip graph capture; default: on CPU only."""
@@ -212,6 +213,13 @@ class VllmEngineConfig(Schema):
     """A local file to which the engine appends the id of every request it is given: an audit of what was generated."""
     extra: dict[str, Any] = {}
     """Further arguments of vLLM's EngineArgs, by their own names."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_adapter(self) -> Self:
+        # Beside embeddings vLLM looks only token positions up, and finds another row's LoRA of the embedding there.
+        if self.prompt_embeds and self.max_adapters:
+            raise ValueError("prompt_embeds and max_adapters need an engine each: set one of them")
+        return self
 
 
 class FakeEngineConfig(Schema):

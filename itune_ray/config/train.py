@@ -257,6 +257,9 @@ class TrainJob(Job):
             raise ValueError(
                 f"gate.vllm cannot be asked about method {self.model.peft.name}: {SUPPORT[self.model.peft.name].note}"
             )
+        fresh_prompt = SUPPORT[self.model.peft.name].route == "prompt embeds" and self.model.path is None
+        if self.gate is not None and self.gate.vllm is not None and fresh_prompt:
+            raise ValueError(f"gate.vllm needs a base to serve method {self.model.peft.name} on: set model.path")
         scores = self.objective.type in ("reward", "classify")
         if self.gate is not None and self.gate.vllm is not None and (scores or self.images is not None):
             raise ValueError("gate.vllm compares log-probabilities of text: leave it out with images or a scalar head")

@@ -8,6 +8,7 @@ from itune_ray.engine.grouped_lora import group_by_adapter
 from itune_ray.engine.orphans import children_die_with_me
 from itune_ray.engine.scoring import score_under_own_adapter
 from itune_ray.engine.stepper import Stepper
+from itune_ray.engine.virtual_prompts import Embeddings
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -20,6 +21,10 @@ def _mend_adapters(worker: Any) -> None:
     score_under_own_adapter(worker.model_runner)
 
 
+def _embeddings(model_config: Any) -> Embeddings:
+    return Embeddings(model_config.get_vocab_size(), model_config.get_inputs_embeds_size())
+
+
 class Backend(Protocol):
     """The two ways to drive vLLM."""
 
@@ -29,6 +34,11 @@ class Backend(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt plus answer."""
+        ...
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The size of the embedding matrix."""
         ...
 
     async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
@@ -79,6 +89,11 @@ class InProcessBackend:
         """Tokens of prompt plus answer."""
         return self._engine.vllm_config.model_config.max_model_len
 
+    @property
+    def embeddings(self) -> Embeddings:
+        """The size of the embedding matrix."""
+        return _embeddings(self._engine.vllm_config.model_config)
+
     async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
         """The final output of one request."""
         return await self._stepper.complete(prompt, params, lora)
@@ -124,6 +139,11 @@ class AsyncBackend:
     def max_model_len(self) -> int:
         """Tokens of prompt plus answer."""
         return self._engine.vllm_config.model_config.max_model_len
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The size of the embedding matrix."""
+        return _embeddings(self._engine.vllm_config.model_config)
 
     async def complete(self, prompt: Any, params: Any, lora: "LoRARequest | None") -> Any:
         """The final output of one request; a cancelled caller aborts it."""

@@ -57,7 +57,7 @@ class Request:
     """Text to continue, tokenised with BOS and no template."""
     token_ids: tuple[int, ...] | None = None
     adapter: str | None = None
-    """Folder of a LoRA adapter to answer with; loaded on first use."""
+    """Folder of an adapter to answer with; loaded on first use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

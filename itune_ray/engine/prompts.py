@@ -35,15 +35,18 @@ class PromptEncoder:
         self._renderer = ChatRenderer(tokenizer, template, thinking)
         self._max_model_len = max_model_len
 
-    def encode(self, request: Request, virtual: int = 0) -> list[int]:
-        """Token ids of the prompt, leaving room for `virtual` tokens before it and a new one after it; raises
-        `BadPromptError`."""
+    def encode(self, request: Request) -> list[int]:
+        """Token ids of the prompt, leaving room for one new token; raises `BadPromptError`."""
         ids = self._ids(request)
         if not ids:
             raise BadPromptError("empty_prompt: no token to continue")
-        if (length := virtual + len(ids)) + 1 > self._max_model_len:
-            raise BadPromptError(f"prompt_too_long: {length} tokens, max_model_len {self._max_model_len}")
+        self.check_length(len(ids))
         return ids
+
+    def check_length(self, tokens: int) -> None:
+        """Raise `BadPromptError` for a prompt that leaves no room for one new token."""
+        if tokens + 1 > self._max_model_len:
+            raise BadPromptError(f"prompt_too_long: {tokens} tokens, max_model_len {self._max_model_len}")
 
     def _ids(self, request: Request) -> list[int]:
         if request.token_ids is not None:

@@ -22,11 +22,10 @@ from itune_ray.engine.backends import AsyncBackend, Backend, InProcessBackend, o
 from itune_ray.engine.base import Completion, EngineDiedError, FinishReason, Request, Sample, Sampling
 from itune_ray.engine.prompts import BadPromptError, PromptEncoder
 from itune_ray.engine.token_rows import servable_adapter
-from itune_ray.engine.virtual_prompts import after, read_virtual_prompt
+from itune_ray.engine.virtual_prompts import VirtualPrompt, VirtualPrompts
 from itune_ray.errors import ITuneError, ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from vllm.lora.request import LoRARequest
 
 ENVIRONMENT = {
@@ -71,8 +70,7 @@ class VllmEngine:
         self._prompts = PromptEncoder(encoder, model.chat_template, self._backend.max_model_len, model.thinking)
         self._thinking: Thinking = model.thinking
         self._base, self._max_rank = Path(folder.path), config.max_adapter_rank
-        self._takes_embeddings = config.prompt_embeds
-        self._virtual: dict[str, Tensor | None] = {}
+        self._virtual = VirtualPrompts(self._backend.embeddings) if config.prompt_embeds else None
         self._embedded = 0
         self._has_head_adapters = False  # stays: vLLM leaves an unloaded adapter's weights in its slot
         self._scratch = tempfile.TemporaryDirectory(prefix="itune-adapters-")
@@ -119,9 +117,9 @@ class VllmEngine:
 
     async def _complete(self, request: Request) -> Completion:
         try:
-            virtual = self._virtual_prompt(request.adapter)
-            ids = self._prompts.encode(request, 0 if virtual is None else len(virtual))
-            prompt = _tokens(ids) if virtual is None else after(virtual, ids)
+            ids = self._prompts.encode(request)
+            virtual = self._virtual_prompt(request.adapter, ids)
+            prompt = _tokens(ids) if virtual is None else virtual.before(ids)
             async with self._lora(request.adapter if virtual is None else None) as lora:
                 self._check_scoring(request.sampling)
                 params = sampling_params(request.sampling, self._budget(request))
@@ -132,7 +130,7 @@ class VllmEngine:
             return Completion(id=request.id, error=str(error))
         except Exception as error:  # noqa: BLE001  vLLM refuses a single request with many kinds of errors
             return Completion(id=request.id, error=f"invalid_request: {one_line(error)}")
-        completion = completion_of(request, output, 0 if virtual is None else len(virtual))
+        completion = completion_of(request, output, 0 if virtual is None else len(virtual.embeddings))
         return without_thoughts(completion) if request.messages and self._thinking == "strip" else completion
 
     def _budget(self, request: Request) -> int | None:
@@ -145,20 +143,13 @@ class VllmEngine:
                 "unsupported: prompt log-probabilities beside an adapter that trains token rows; serve the merged model"
             )
 
-    def _virtual_prompt(self, adapter: str | None) -> "Tensor | None":
-        """The adapter as embeddings before the text; None of one that changes matrices."""
-        if adapter is None:
+    def _virtual_prompt(self, adapter: str | None, ids: list[int]) -> VirtualPrompt | None:
+        """The adapter as embeddings before the text, where the engine takes such; else None."""
+        if adapter is None or self._virtual is None:
             return None
-        if adapter not in self._virtual:
-            self._virtual[adapter] = read_virtual_prompt(Path(resolve(adapter, kind="adapter").path), self._base)
-        virtual = self._virtual[adapter]
-        if virtual is not None and not self._takes_embeddings:
-            raise ModelError(
-                "the engine was started without taking prompts as embeddings",
-                got=adapter,
-                allowed="true for adapters of prompt_tuning and p_tuning",
-                knob="engine.prompt_embeds",
-            )
+        self._virtual.check(ids)
+        virtual = self._virtual.of(adapter)
+        self._prompts.check_length(len(virtual.embeddings) + len(ids))
         return virtual
 
     @asynccontextmanager
@@ -333,7 +324,10 @@ def without_thoughts(completion: Completion) -> Completion:
 def _prompt_logprobs(
     entries: Sequence[Mapping[int, Any] | None] | None, virtual: int
 ) -> tuple[dict[int, float] | None, ...] | None:
-    return None if entries is None else tuple(None if e is None else _values(e) for e in entries[virtual:])
+    """None for the first of the text, as without a virtual prompt, though it follows from that."""
+    if entries is None:
+        return None
+    return (None, *(None if entry is None else _values(entry) for entry in entries[virtual + 1 :]))
 
 
 def _values(entry: Mapping[int, Any]) -> dict[int, float]:

@@ -61,12 +61,13 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
         held_out, unread = read_held_out(job.validation.data)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     tracked = _tracked(job, artifact, progress.say)
-    with progress.task(stage, prepared.plan.steps, unit="steps") as task, tracked:
-        outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked))
-    if job.gate is not None and job.gate.vllm is not None:
-        from itune_ray.train.served import check_served
+    with tracked:
+        with progress.task(stage, prepared.plan.steps, unit="steps") as task:
+            outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked))
+        if job.gate is not None and job.gate.vllm is not None:
+            from itune_ray.train.served import check_served
 
-        check_served(job, outcome, artifact.path(), engines)
+            check_served(job, outcome, artifact.path(), engines)
     report = outcome.parameters
     rows_in = prepared.accepted + sum(prepared.rejected.values())
     artifact.finish(

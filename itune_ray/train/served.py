@@ -1,6 +1,6 @@
 """[Ray] The last part of the export gate: vLLM is asked for the same log-probabilities, by every route it has.
 
-The merged model is served in fp32, as the other sides compute; an adapter of a bf16 training in bf16, since vLLM's GPU
+Models are served in fp32, as the other sides compute; a LoRA adapter of a bf16 training in bf16, since vLLM's GPU
 kernels take adapters of 16 bits alone.
 """
 
@@ -35,7 +35,8 @@ def check_served(job: TrainJob, outcome: TrainOutcome, stage_dir: str, engines: 
     gaps: dict[str, float] = {}
     try:
         for route, model in routes_of(job, outcome):
-            in_bf16 = job.precision == "bf16" and model.adapter is not None
+            lora = SUPPORT[job.model.peft.name].route == "adapter" and model.adapter is not None
+            in_bf16 = job.precision == "bf16" and lora
             ref = model.model_copy(update={"dtype": "bfloat16" if in_bf16 else "float32"})
             served = ServedModel(model=ref, engine=_engine(job), pool=job.gate.vllm.pool)
             llm = engines.pool(served).client.llm(Sampling(), stage="gate", adapter=ref.adapter)

@@ -112,7 +112,7 @@ def test_virtual_tokens_generate_what_transformers_does(base, trained, taking_em
 
     folder = str(trained(method) / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-    sampling = replace(Sampling(), temperature=0.0, max_tokens=8, ignore_end=True)
+    sampling = replace(Sampling(), temperature=0.0, max_tokens=8, ignore_end=True, prompt_logprobs=0)
     prompts = [(5, 6, 7), (9, 8, 7, 6, 5)]
     asked = [Request(id=str(i), token_ids=ids, sampling=sampling, adapter=folder) for i, ids in enumerate(prompts)]
     *answers, plain = on_loop(loop, taking_embeddings.generate([*asked, replace(asked[0], id="plain", adapter=None)]))
@@ -120,11 +120,24 @@ def test_virtual_tokens_generate_what_transformers_does(base, trained, taking_em
         theirs = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert answer.samples[0].token_ids == tuple(theirs[0, len(ids) :].tolist())
         assert answer.prompt_token_ids == ids
+        assert [entry is None for entry in answer.prompt_logprobs] == [True] + [False] * (len(ids) - 1)
     assert plain.samples[0].token_ids != answers[0].samples[0].token_ids
 
 
+def test_virtual_tokens_written_anew_are_read_anew(trained, taking_embeddings, loop, tmp_path):
+    shutil.copytree(trained("prompt_tuning") / "adapter", tmp_path / "adapter")
+    sampling = replace(Sampling(), temperature=0.0, max_tokens=1, logprobs=0)
+    one = Request(id="x", token_ids=(5, 6, 7), sampling=sampling, adapter=str(tmp_path / "adapter"))
+    (before,) = on_loop(loop, taking_embeddings.generate([one]))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"] * 3}, file)
+    (after,) = on_loop(loop, taking_embeddings.generate([one]))
+    assert before.samples[0].logprobs != after.samples[0].logprobs
+
+
 def test_virtual_tokens_that_do_not_fit_fail_their_requests_alone(trained, taking_embeddings, loop, tmp_path):
-    """Of another base, without weights, or with a text that fills the context: vLLM itself would die of the first."""
+    """Of another base, without weights, of LoRA, with a text that fills the context or holds no token of the model's:
+    vLLM itself would die of the first and the last."""
     good = trained("prompt_tuning") / "adapter"
     for name in ("narrow", "empty"):
         shutil.copytree(good, tmp_path / name)
@@ -134,8 +147,11 @@ def test_virtual_tokens_that_do_not_fit_fail_their_requests_alone(trained, takin
     one = Request(id="x", token_ids=(5, 6, 7), sampling=replace(Sampling(), max_tokens=1), adapter=str(good))
     longest = taking_embeddings._backend.max_model_len - 1
     bad = [replace(one, adapter=str(tmp_path / name)) for name in ("narrow", "empty")]
-    found = on_loop(loop, taking_embeddings.generate([*bad, replace(one, token_ids=(5,) * longest), one]))
-    for answer, reason in zip(found, ("not embeddings of this base", "no embeddings", "prompt_too_long"), strict=False):
+    bad += [replace(one, adapter=str(trained("lora") / "adapter"))]
+    bad += [replace(one, token_ids=ids) for ids in ((5,) * longest, (5, 10**6), (5, -1))]
+    found = on_loop(loop, taking_embeddings.generate([*bad, one]))
+    reasons = ("not embeddings of this base", "cannot be read", "takes no other adapter", "prompt_too_long")
+    for answer, reason in zip(found, (*reasons, *["a token id outside"] * 2), strict=False):
         assert reason in answer.error
         assert not answer.retryable
     assert found[-1].error is None

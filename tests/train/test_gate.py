@@ -139,3 +139,10 @@ def test_the_gate_is_no_part_of_what_a_training_is(folder):
 def test_vllm_is_not_asked_about_what_it_cannot_load(folder, method):
     with pytest.raises((ValueError, ConfigError), match=f"gate.vllm cannot be asked about method {method}"):
         job_of(folder, method, gate={"vllm": {}})
+
+
+def test_vllm_is_not_asked_about_virtual_tokens_without_a_base(folder):
+    init = {"config": {"model_type": "llama", "hidden_size": 32}, "tokenizer": str(folder)}
+    overrides = {"model.path": None, "model.init": init, "gate": {"vllm": {}}}
+    with pytest.raises((ValueError, ConfigError), match="needs a base to serve method prompt_tuning on"):
+        job_of(folder, "prompt_tuning", **overrides)
