@@ -68,7 +68,7 @@ def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
             "max_tokens": sampling.max_tokens,
             "seed": row["seed"],
         }
-        return {("tokenized_prompt" if on_ids else "messages"): row["prompt"], "sampling_params": params}
+        return {("tokenized_prompt" if on_ids else "messages"): row["asked"], "sampling_params": params}
 
     def after(row: dict[str, Any]) -> dict[str, Any]:
         return {"text": row["generated_text"], "tokens": row["num_generated_tokens"]}
@@ -76,12 +76,12 @@ def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
     records = [record for source in stage.prompts for record in read_source(source).records]
     encoder = PromptEncoder(load_tokenizer(folder, model), model.chat_template, engine.max_model_len or 2**30)
 
-    def prompt(record: Record) -> Any:
+    def asked(record: Record) -> Any:
         if on_ids:
             return encoder.encode(Request(id="", sampling=Sampling(), messages=record.prompt))
         return [dict(message) for message in record.prompt]
 
-    rows = [{"prompt": prompt(r), "seed": row_seed(job.seed, SEED_STAGE, r.key)} for r in records]
+    rows = [{"asked": asked(r), "seed": row_seed(job.seed, SEED_STAGE, r.key)} for r in records]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 256))
     build_processor(config, preprocess=before, postprocess=after)(dataset).write_parquet(out)
     return sum(pq.read_table(out)["tokens"].to_pylist())
