@@ -55,10 +55,9 @@ def routes_of(job: TrainJob, outcome: TrainOutcome) -> list[tuple[str, ModelRef]
 
     An engine without room for adapters (`gate.vllm.engine.max_adapters=0`) is not asked about one of LoRA's.
     """
-    assert job.gate is not None
-    assert job.gate.vllm is not None
     route = SUPPORT[job.model.peft.name].route
-    takes = route == "prompt embeds" or (route == "adapter" and job.gate.vllm.engine.max_adapters > 0)
+    no_room = job.gate is not None and job.gate.vllm is not None and job.gate.vllm.engine.max_adapters == 0
+    takes = route == "prompt embeds" or (route == "adapter" and not no_room)
     found: list[tuple[str, ModelRef]] = []
     if takes and outcome.adapter_path is not None and job.model.path and not job.model.added_tokens:
         found.append(("vllm adapter", job.model.reference().model_copy(update={"adapter": outcome.adapter_path})))

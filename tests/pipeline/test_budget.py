@@ -29,6 +29,7 @@ def job(name: str) -> dict:
 
 
 @pytest.mark.real
+@pytest.mark.soak
 def test_a_token_budget_stops_the_run_which_goes_on_with_a_larger_one(itune):
     file = itune.write(job("capped"))
     status, seen = itune.run("generate", file, "run.budget.tokens=3000")
