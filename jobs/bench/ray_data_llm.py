@@ -88,11 +88,12 @@ def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
 
 
 def ours(job: BenchJob, out: str) -> int:
-    """The same by `itune generate`."""
+    """The same by `itune generate`, without the dashboard too."""
     from itune_ray.observe.progress import Progress
     from itune_ray.pipeline.run import run
 
-    settings = job.generation.model_copy(update={"run": job.run.model_copy(update={"output": out})})
+    ray = job.run.ray.model_copy(update={"dashboard": False})
+    settings = job.generation.model_copy(update={"run": job.run.model_copy(update={"output": out, "ray": ray})})
     store = run("generate", settings, Progress(quiet=True))
     return store.opened[-1].manifest["tokens"]["generated"]
 
