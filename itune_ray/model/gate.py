@@ -57,8 +57,8 @@ def written_scores(
         images: Those of the documents, for an image-text model.
     """
     found: dict[str, LogProbs] = {}
-    options: dict[str, Any] = {"dtype": torch.float32, "attention": "eager", "trust_remote_code": trust_remote_code}
-    options["sees"] = images is not None
+    options: dict[str, Any] = {"dtype": torch.float32, "attention": "eager", "sees": images is not None}
+    options["trust_remote_code"] = trust_remote_code
     if adapter is not None and base is not None:
         found["adapter"] = scores_of(load_adapted(load_model(base, **options), adapter), documents, images)
     if merged is not None:

@@ -27,11 +27,17 @@ def engines():
     ray.shutdown()
 
 
-def test_vllm_is_held_against_the_trained_model_and_refuses_another(folder, tmp_path, engines):
-    peft, fast = {"type": "lora", "rank": 4}, {"type": "adamw", "lr": 0.02}
+def trained(folder, stage, peft):
+    """A job with the gate's vLLM part, and the outcome of its training, which lies in the stage too."""
+    fast = {"type": "adamw", "lr": 0.02}
     job = tiny.job(folder, **{"model.peft": peft, "optimizer": fast, "gate": {"prompts": 2, "vllm": ENGINE}})
-    outcome = train_local(job, tiny.chats(24), str(tmp_path))
-    write_outcome(outcome, str(tmp_path))
+    outcome = train_local(job, tiny.chats(24), str(stage))
+    write_outcome(outcome, str(stage))
+    return job, outcome
+
+
+def test_vllm_is_held_against_the_trained_model_and_refuses_another(folder, tmp_path, engines):
+    job, outcome = trained(folder, tmp_path, {"type": "lora", "rank": 4})
     gaps = check_served(job, outcome, str(tmp_path), engines)
     assert gaps.keys() == {"vllm adapter", "vllm merged"}
     assert max(gaps.values()) < 1e-4
@@ -46,10 +52,7 @@ def test_vllm_is_held_against_the_trained_model_and_refuses_another(folder, tmp_
 
 
 def test_vllm_scores_virtual_tokens_by_an_engine_that_takes_embeddings(folder, tmp_path, engines):
-    peft, fast = {"type": "prompt_tuning", "tokens": 4}, {"type": "adamw", "lr": 0.02}
-    job = tiny.job(folder, **{"model.peft": peft, "optimizer": fast, "gate": {"prompts": 2, "vllm": ENGINE}})
-    outcome = train_local(job, tiny.chats(24), str(tmp_path))
-    write_outcome(outcome, str(tmp_path))
+    job, outcome = trained(folder, tmp_path, {"type": "prompt_tuning", "tokens": 4})
     gaps = check_served(job, outcome, str(tmp_path), engines)
     assert gaps.keys() == {"vllm adapter"}
     assert max(gaps.values()) < 1e-4
