@@ -40,7 +40,7 @@ def attend_by_document(
     split = [tensor.to(inside).split(lengths, 2) for tensor in (query, key, value)]
     with torch.autocast(value.device.type, enabled=False):
         parts = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*split, strict=True)]
-        return torch.cat(parts, 1).to(dtype), None
+        return torch.cat(parts, 1), None
 
 
 def install_document_attention(model: Any) -> None:

@@ -181,15 +181,16 @@ class _ChunkedScores(torch.autograd.Function):
                 tail[rows] = _others(log_p, ids[rows]).logsumexp(-1)
             p = log_p.exp()
             kept = p if len(chunks) == 1 and transform == IDENTITY else None
-            entropy[rows] = -torch.linalg.vecdot(p, log_p)
-        ctx.save_for_backward(hidden, weight, targets, entropy, ids, tail, kept)
-        ctx.transform = transform
+            entropy[rows] = -log_p.mul_(p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, entropy, ids, tail)
+        ctx.transform, ctx.kept = transform, kept
         ctx.set_materialize_grads(False)
         return log_probs, entropy, at, tail
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        hidden, weight, targets, *_, kept = ctx.saved_tensors
+        hidden, weight, targets, *_ = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # the gradient takes its place
         head = _Head(hidden, weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -207,18 +208,22 @@ class _ChunkedScores(torch.autograd.Function):
 
 
 def _target_gradient(p: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
-    """Σ grad_n d log p_n / dz [N, V] from the probabilities."""
-    return (p * -grad[:, None]).scatter_add_(-1, targets[:, None], grad[:, None])
+    """Σ grad_n d log p_n / dz [N, V] from the probabilities, in their place."""
+    return p.mul_(-grad[:, None]).scatter_add_(-1, targets[:, None], grad[:, None])
 
 
 def _logit_gradient(ctx: Any, raw: Tensor, rows: slice, grads: Sequence[Tensor | None]) -> Tensor:
     """Gradient at h Wᵀ of a chunk, from those of all scores."""
     grad_log_probs, grad_entropy, grad_at, grad_tail = grads
-    _, _, targets, entropy, ids, tail, _ = ctx.saved_tensors
+    _, _, targets, entropy, ids, tail = ctx.saved_tensors
     z = ctx.transform(raw)
     log_p = z.log_softmax(-1)
     p = log_p.exp()
-    grad = torch.zeros_like(z) if grad_log_probs is None else _target_gradient(p, targets[rows], grad_log_probs[rows])
+    if grad_log_probs is None:
+        grad = torch.zeros_like(z)
+    else:
+        free = p if all(other is None for other in grads[1:]) else p.clone()
+        grad = _target_gradient(free, targets[rows], grad_log_probs[rows])
     if grad_entropy is not None:
         grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
     if grad_at is not None:

@@ -20,6 +20,7 @@ from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
+from itune_ray.model.cpu import keep_memory
 from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.model.peft import ParameterReport
@@ -106,6 +107,8 @@ def train_rank(
     world = world or current_world()
     tokenizer = load_renderer(job.model).tokenizer
     strategy = build_strategy(job.strategy, world, job.precision)
+    if world.device.type == "cpu":
+        keep_memory()
     built = build_model(job, tokenizer, strategy, world)
     model, optimizers = strategy.optimise(built.model, job.optimizer)
     built, budget = dataclasses.replace(built, model=model), built.budget
