@@ -1,7 +1,6 @@
 """[Ray] A stage against its peer. Here the generate stage against bare vLLM: the best of some calls of `LLM.generate`,
 then the stage as in a job."""
 
-import asyncio
 import json
 import os
 import subprocess
@@ -14,11 +13,11 @@ from typing import Any
 from itune_ray import cluster
 from itune_ray.bench.train import run as run_train
 from itune_ray.config.bench import BenchJob
+from itune_ray.config.shared import FileSource
 from itune_ray.data.artifact import Artifact, RunStore
 from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.engine.host import EngineHost
-from itune_ray.engine.llm import sampling_of
 from itune_ray.errors import GenerationError
 from itune_ray.generate.run import run as generate
 from itune_ray.observe.progress import Progress
@@ -78,17 +77,19 @@ def _bare(job: BenchJob) -> list[dict[str, float]]:
 def _whole(
     job: BenchJob, records: list[Record], artifact: Artifact, engines: EngineHost, progress: Progress
 ) -> dict[str, float]:
-    """The stage, from reading its prompts to its finished tables, on an engine that runs already."""
+    """The stage, from reading its prompts to its finished tables, on an engine that has answered the same way before:
+    the first prompts as a stage of their own."""
     cluster.connect(job.run.ray, progress.say)
-    pool = engines.pool(job.teacher)
-    llm = pool.client.llm(sampling_of(job.generation.sampling), job.seed, "warm-up")
-
-    async def warm_up() -> None:
-        await asyncio.gather(*(llm.generate(record.prompt, key=record.key) for record in records[: job.warm_up]))
-
-    asyncio.run(warm_up())
+    engines.pool(job.teacher)
+    store = RunStore(artifact.path(), "stage")
+    if first := records[: job.warm_up]:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "warm-up.jsonl"
+            file.write_text("".join(json.dumps({"messages": list(record.prompt)}) + "\n" for record in first))
+            warm = job.generation.model_copy(update={"prompts": (FileSource(path=str(file)),), "min_rows": 0})
+            generate(warm, store, "warm-up", engines, progress)
     began = time.perf_counter()
-    made = generate(job.generation, RunStore(artifact.path(), "stage"), "generate", engines, progress)
+    made = generate(job.generation, store, "generate", engines, progress)
     seconds = time.perf_counter() - began
     tokens: Any = made.manifest["tokens"]["generated"]
     return {"seconds": seconds, "tokens": tokens}

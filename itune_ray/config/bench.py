@@ -70,7 +70,7 @@ class BenchJob(Job):
     runs: Positive = 3
     """Calls of `LLM.generate`, the best of which counts."""
     warm_up: Annotated[int, Field(ge=0)] = 32
-    """Prompts answered before either side is timed."""
+    """Prompts answered before either side is timed, by the same path that is timed."""
 
     @property
     def generation(self) -> GenerateJob:

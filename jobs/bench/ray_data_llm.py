@@ -20,12 +20,6 @@ from typing import Any
 from itune_ray.config.base import load_job
 from itune_ray.config.bench import BenchJob
 from itune_ray.config.shared import VllmEngineConfig
-from itune_ray.data.hub import resolve
-from itune_ray.data.records import Record, row_seed
-from itune_ray.data.sources import read_source
-from itune_ray.engine.base import Request, Sampling
-from itune_ray.engine.prompts import PromptEncoder
-from itune_ray.engine.vllm import CPU_ENVIRONMENT, ENVIRONMENT, engine_args, load_tokenizer
 
 SEED_STAGE = "generate"
 
@@ -39,6 +33,13 @@ def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
     import pyarrow.parquet as pq
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from itune_ray.data.hub import resolve
+    from itune_ray.data.records import Record, row_seed
+    from itune_ray.data.sources import read_source
+    from itune_ray.engine.base import Request, Sampling
+    from itune_ray.engine.prompts import PromptEncoder
+    from itune_ray.engine.vllm import CPU_ENVIRONMENT, ENVIRONMENT, engine_args, load_tokenizer
 
     stage = job.generation
     engine, model = job.teacher.engine, job.teacher.model
