@@ -71,6 +71,7 @@ class Replica:
         """Build the engine, or keep why it cannot be built; returns the seconds."""
         started = time.monotonic()
         config, model, threads, can_sleep = self._arguments
+        collected = gc.isenabled()
         gc.disable()  # 1.2 of vLLM's 9.1 s of imports are collections that find nothing
         try:
             module, _, name = ENGINES[config.type].partition(":")
@@ -78,7 +79,8 @@ class Replica:
         except ITuneError as error:
             self._failure = error
         finally:
-            gc.enable()
+            if collected:
+                gc.enable()
         return time.monotonic() - started
 
     async def observed_by(self, sink: Sink, run: str, number: int) -> None:

@@ -40,7 +40,8 @@ def attend_by_document(
     split = [tensor.to(inside).split(lengths, 2) for tensor in (query, key, value)]
     with torch.autocast(value.device.type, enabled=False):
         parts = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*split, strict=True)]
-        return torch.cat(parts, 1), None
+        out = torch.cat(parts, 1)
+        return out if getattr(module, "unrounded", False) else out.to(dtype), None
 
 
 def install_document_attention(model: Any) -> None:

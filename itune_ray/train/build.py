@@ -39,6 +39,7 @@ from itune_ray.model.pooling import install_pooling
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
 from itune_ray.model.router import router_loss_weight
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
+from itune_ray.model.wide_blocks import install_wide_blocks
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -123,6 +124,8 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
     install_wide_products(adapted)
+    if job.model.peft.type == "full":
+        install_wide_blocks(adapted)
     if job.images is not None:
         check_positions(model)
         if job.model.peft.type == "full":
