@@ -32,6 +32,7 @@ from itune_ray.model.cpu import install_wide_products
 from itune_ray.model.documents import install_document_attention
 from itune_ray.model.load import masking_for
 from itune_ray.model.logprobs import install_fused_head
+from itune_ray.model.wide_blocks import install_wide_blocks
 
 JOB = Path(__file__).with_name("train.yaml")
 PADDED = 16
@@ -47,6 +48,7 @@ class Variant:
     fused: bool = True
     by_document: bool = True
     wide: bool = True
+    blocks: bool = True
     seconds: list[float] = field(default_factory=list[float])
     cpu_seconds: list[float] = field(default_factory=list[float])
     peak_mib: float = 0.0
@@ -56,11 +58,12 @@ class Variant:
 def variants() -> list[Variant]:
     """Each with one technique more than the one before."""
     return [
-        Variant("padded chats, all logits", packed=False, fused=False, by_document=False, wide=False),
-        Variant("+ packing, block-diagonal mask", fused=False, by_document=False, wide=False),
-        Variant("+ scores at supervised positions, in chunks", by_document=False, wide=False),
-        Variant("+ attention by document", wide=False),
-        Variant("+ products by fp32 units where there are no bf16 ones"),
+        Variant("padded chats, all logits", packed=False, fused=False, by_document=False, wide=False, blocks=False),
+        Variant("+ packing, block-diagonal mask", fused=False, by_document=False, wide=False, blocks=False),
+        Variant("+ scores at supervised positions, in chunks", by_document=False, wide=False, blocks=False),
+        Variant("+ attention by document", wide=False, blocks=False),
+        Variant("+ products by fp32 units where there are no bf16 ones", blocks=False),
+        Variant("+ norms and gates as one function, nothing rounded between a layer's products"),
     ]
 
 
@@ -85,6 +88,8 @@ def stepper(variant: Variant, folder: str, rows: list[PackedRow], bench: TrainBe
         install_document_attention(model)
     if variant.wide:
         install_wide_products(model)
+    if variant.blocks:
+        install_wide_blocks(model)
     masking = masking_for(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = _batches(variant, rows, bench.pack_length, flat=masking == "varlen")
