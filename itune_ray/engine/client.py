@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from itune_ray.config.shared import ModelRef, PoolConfig
@@ -178,40 +177,6 @@ class PoolClient:
                 if not isinstance(error, EngineDiedError):  # a dying replica still gives its last words
                     raise cause_of(error) from None
             await asyncio.sleep(RETRY_PAUSE_S)
-
-
-@dataclass(frozen=True)
-class PoolSoon:
-    """A pool that was asked for, picklable: it becomes a client where it is used, once a replica is ready."""
-
-    replicas: tuple[ActorHandle, ...]
-    ready: tuple[Any, ...]
-    """References to their `ReplicaInfo`, in the same order. What they stand for stays when a replica dies."""
-    config: PoolConfig
-    ref: ModelRef
-
-    def client(self) -> PoolClient:
-        """Waits.
-
-        Raises:
-            ITuneError: No replica can load the model, as the last of them says.
-        """
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
-        waiting, failure = list(self.ready), GenerationError("the pool has no replicas", got=self.ref.path)
-        while waiting:
-            (first, *_), waiting = ray.wait(waiting)
-            try:
-                info: Any = ray.get(first)
-            except RayTaskError as error:
-                failure = cause_of(error)
-            except RayActorError as error:
-                failure = PoolDownError(f"an engine's process died: {one_line(error)}", got=self.ref.path)
-            else:
-                joining = [number for number, reference in enumerate(self.ready) if reference != first]
-                return PoolClient(self.replicas, self.config, info.model, self.ref, joining)
-        raise failure
 
 
 def cause_of(error: Any) -> BaseException:

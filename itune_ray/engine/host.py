@@ -32,42 +32,27 @@ class EngineHost:
         self._placement: Placement = placement
         self._run, self._allow, self._say = run, allow, say
         self._lock = threading.Lock()
+        self._taken: dict[str, dict[str, float]] = {}
+        """What pools that are being started ask for."""
         self._left: Mapping[str, float] = {}
         self._expected: dict[str, ServedModel] = {}
         self.starts = 0
         """Engines started so far."""
 
     def pool(self, served: ServedModel) -> Pool:
-        """The pool of a base model, ready; models that differ only in the adapter share one.
+        """The pool of a base model; models that differ only in the adapter share one.
 
         Raises:
             ClusterError: The cluster cannot hold the replicas, or did not within `start_timeout_s`.
             ModelError: The engine cannot load the model.
         """
-        self.ask(served)
-        return self.ready(served)
-
-    def ask(self, served: ServedModel) -> Pool:
-        """The same pool, asked for; `ready` waits for it."""
         key = pool_key(served)
         if key not in self._pools:
             self._allow()
             self._require_room(served)
-            self._ask(key, served)
+            self._pools[key] = self._started(key, served)
+        self._pools[key].wake()
         return self._pools[key]
-
-    def ready(self, served: ServedModel) -> Pool:
-        """A pool that was asked for, once it answers; one that cannot is closed."""
-        key = pool_key(served)
-        pool = self._pools[key]
-        try:
-            pool.wait()
-        except BaseException:
-            self._pools.pop(key, None)
-            pool.close()
-            raise
-        pool.wake()
-        return pool
 
     def leave(self, own: Mapping[str, float], models: Iterable[ServedModel] = ()) -> None:
         """Keep room for a stage's own workers from now on, and for the least of each model that it will ask.
@@ -82,16 +67,20 @@ class EngineHost:
                 needed.update(resources_of(model))
             self._shrink_beside(needed, "the rest is room for the stage's workers")
 
-    def _ask(self, key: str, served: ServedModel) -> None:
+    def _started(self, key: str, served: ServedModel) -> Pool:
         pool = Pool(served, say=self._say, arrived=lambda: self._count(served))
         with self._lock:
             self._shrink_beside(resources_of(served), f"the rest is room for {served.model.path}")
-            try:
-                pool.ask(self._size(key, served), self._run, can_sleep=self._placement == "timeshare")
-            except BaseException:
-                pool.close()
-                raise
-            self._pools[key] = pool
+            size = self._size(key, served)
+            self._taken[key] = resources_of(served, size)
+        try:
+            pool.start(size, self._run, can_sleep=self._placement == "timeshare")
+        except BaseException:
+            pool.close()
+            raise
+        finally:
+            del self._taken[key]
+        return pool
 
     def _size(self, key: str, served: ServedModel) -> int:
         """Replicas to ask for: as many as the cluster at its largest has room for beside all else it must hold."""
@@ -101,7 +90,7 @@ class EngineHost:
         held = self._held_now
         held.update(self._left)
         for other, model in self._expected.items():
-            if other != key and other not in self._pools:
+            if other != key and other not in self._pools and other not in self._taken:
                 held.update(resources_of(model))
         size = max(least, room.most(served.pool.each, most * shards, held) // shards)
         if size < most:
@@ -205,6 +194,8 @@ class EngineHost:
         total: Counter[str] = Counter()
         for pool in self._pools.values():
             total.update(resources_of(pool.served, pool.size))
+        for taken in self._taken.values():
+            total.update(taken)
         return total
 
     def held_with(self, served: ServedModel) -> dict[str, float]:

@@ -15,7 +15,7 @@ from itune_ray.config.base import digest
 from itune_ray.config.shared import ServedModel, VllmEngineConfig
 from itune_ray.data.fingerprint import content_identity
 from itune_ray.engine.base import PoolDownError
-from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, PoolSoon, cause_of
+from itune_ray.engine.client import STATUS_TIMEOUT_S, PoolClient, cause_of
 from itune_ray.engine.line import ActorHandle, one_line
 from itune_ray.engine.replica import Replica, ReplicaInfo
 from itune_ray.engine.usage import TokenCount
@@ -57,9 +57,6 @@ class Pool:
     _awaited: dict[Any, int] = field(default_factory=dict[Any, int])
     _lock: Any = field(default_factory=threading.RLock)
     _joiner: threading.Thread | None = None
-    _asked: dict[int, Any] = field(default_factory=dict[int, Any])
-    """References to what each replica says when it is ready."""
-    _deadline: float = 0.0
 
     @property
     def model(self) -> str:
@@ -76,39 +73,20 @@ class Pool:
         return PoolClient(replicas, self.served.pool, self.model, self.served.model, joining)
 
     @property
-    def soon(self) -> "PoolSoon":
-        """What becomes a client where it is used, once a replica is ready."""
-        with self._lock:
-            ready = tuple(self._asked[number] for number in self.replicas)
-            return PoolSoon(tuple(self.replicas.values()), ready, self.served.pool, self.served.model)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the least that the config asks for are."""
-        return len(self.infos) >= self.served.pool.least
-
-    @property
     def size(self) -> int:
         """Replicas that hold resources, or ask for them."""
         return len(self.replicas)
 
-    def ask(self, count: int, run: str, can_sleep: bool) -> None:
-        """Ask for so many replicas at once."""
+    def start(self, count: int, run: str, can_sleep: bool) -> None:
+        """Ask for so many replicas at once; return when the least that the config asks for are ready."""
         for number in range(count):
             _add_replica(self, number, run, can_sleep)
-        self._deadline = time.monotonic() + self.served.pool.start_timeout_s
+        deadline = time.monotonic() + self.served.pool.start_timeout_s
         self._awaited = {
             replica.ready.options(concurrency_group="control").remote(): number
             for number, replica in self.replicas.items()
         }
-        self._asked = {number: reference for reference, number in self._awaited.items()}
-
-    def wait(self) -> None:
-        """Return when the least that the config asks for are ready; the others join later."""
-        deadline = self._deadline
-        while not self.is_ready:
-            if not self._awaited:
-                raise PoolDownError("the pool was closed while its engines loaded", got=self.served.model.path)
+        while len(self.infos) < self.served.pool.least:
             try:
                 self._arrive(min(1.0, deadline - time.monotonic()))
             except GenerationError as error:
@@ -118,7 +96,7 @@ class Pool:
             missing = self.served.pool.least - len(self.infos)
             if missing > 0 and time.monotonic() >= deadline:
                 raise _not_placed(self, missing, self.served.pool.least)
-        if self._awaited and self._joiner is None:
+        if self._awaited:
             self._joiner = threading.Thread(target=self._join, args=(deadline,), daemon=True)
             self._joiner.start()
 

@@ -5,11 +5,9 @@ Ray Data moves the blocks; it does not decide what is done. Its retries may repe
 """
 
 import logging
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -23,7 +21,6 @@ from itune_ray.data.records import Record, records_table
 from itune_ray.data.sources import read_source, told_apart
 from itune_ray.data.yields import by_recipe
 from itune_ray.engine.base import Llm
-from itune_ray.engine.client import PoolClient, PoolSoon
 from itune_ray.engine.host import EngineHost
 from itune_ray.engine.llm import no_llm, sampling_of
 from itune_ray.engine.pool import Pool, pool_key, scaled
@@ -125,11 +122,16 @@ class _Feed:
         settled = Settled(ledger.folder.uri, self._job.max_attempts)
 
         def stream(pending: Sequence[Record]) -> Iterator[list[Outcome]]:
+            seed = self._job.seed
             self._connect()
-            pools = {name: pool.client if pool.is_ready else pool.soon for name, pool in self._pools.items()}
-            adapters = {name: served.model.adapter for name, served in self._models().items()}
-            asked = _Asked(recipe, pools, adapters, sampling, self._job.seed)
-            return self._while_loading(_stream(self._job, asked, pending, settled))
+            asked = self._models()
+            clients = {
+                name: pool.client.llm(sampling_of(sampling), seed, SEED_STAGE, asked[name].model.adapter)
+                for name, pool in self._pools.items()
+            }
+            others = {name: llm for name, llm in clients.items() if name != TEACHER}
+            bound = cast(Any, recipe).bind(others) if others else recipe
+            return _stream(self._job, bound, clients.get(TEACHER) or no_llm(seed, SEED_STAGE), pending, settled)
 
         return stream
 
@@ -139,52 +141,18 @@ class _Feed:
         return {**({} if teacher is None else {TEACHER: teacher}), **self._job.recipe.served()}
 
     def _connect(self) -> None:
-        """Start or join Ray, and ask for the engines, once."""
+        """Start or join Ray and the engines, once."""
         if self._pools:
             return
         cluster.connect(self._job.run.ray, self._progress.say)
-        models = self._models()
-        _require_workers(self._job, list(models.values()), self._engines)
-        self._pools = {name: self._engines.ask(served) for name, served in models.items()}
-        for name, pool in self._pools.items():
-            if pool.is_ready:
-                self._engines.ready(models[name])
-        self._asked_before = sum(pool.requests for pool in self._pools.values())
-
-    def _while_loading(self, outcomes: Iterator[list[Outcome]]) -> Iterator[list[Outcome]]:
-        """The outcomes, while engines that are not ready become so in a thread: workers start beside them, and wait.
-
-        Raises:
-            ITuneError: Engines did not become ready, whatever the workers say of it.
-        """
-        if all(pool.is_ready for pool in self._pools.values()):
-            yield from outcomes
-            return
-        failures: list[BaseException] = []
-        loading = threading.Thread(target=self._load, args=(failures,), daemon=True, name="engines")
-        loading.start()
-        try:
-            yield from outcomes
-        except ITuneError:
-            loading.join()
-            if failures:
-                raise failures[0] from None
-            raise
-        loading.join()
-        if failures:
-            raise failures[0]
-
-    def _load(self, failures: list[BaseException]) -> None:
+        _require_workers(self._job, list(self._models().values()), self._engines)
         started = time.monotonic()
-        try:
-            for served in self._models().values():
-                self._engines.ready(served)
-        except BaseException as error:  # noqa: BLE001  raised by the thread that streams
-            failures.append(error)
-            return
-        names = ", ".join(pool.model for pool in self._pools.values())
-        seconds = time.monotonic() - started
-        self._progress.say(f"engines: {self.engine_starts} of {names} ready in {seconds:.1f} s")
+        self._pools = {name: self._engines.pool(served) for name, served in self._models().items()}
+        self._asked_before = sum(pool.requests for pool in self._pools.values())
+        if self.engine_starts:
+            names = ", ".join(pool.model for pool in self._pools.values())
+            seconds = time.monotonic() - started
+            self._progress.say(f"engines: {self.engine_starts} of {names} ready in {seconds:.1f} s")
 
     @property
     def engine_starts(self) -> int:
@@ -215,28 +183,9 @@ def _require_workers(job: GenerateJob, models: Sequence[ServedModel], engines: E
     engines.leave(own, models)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Gives a recipe worker what it asks, in the worker's process; picklable."""
-
-    recipe: Recipe
-    pools: Mapping[str, PoolClient | PoolSoon]
-    """By the name the recipe knows a model under."""
-    adapters: Mapping[str, str | None]
-    sampling: SamplingConfig
-    seed: int
-
-    def __call__(self) -> tuple[Recipe, Llm]:
-        """The recipe, bound to the models it asks beside the job's own, and that one."""
-        sampling, llms = sampling_of(self.sampling), dict[str, Llm]()
-        for name, pool in self.pools.items():
-            client = pool.client() if isinstance(pool, PoolSoon) else pool
-            llms[name] = client.llm(sampling, self.seed, SEED_STAGE, self.adapters[name])
-        teacher = llms.pop(TEACHER, None) or no_llm(self.seed, SEED_STAGE)
-        return (cast(Any, self.recipe).bind(llms) if llms else self.recipe), teacher
-
-
-def _stream(job: GenerateJob, asked: _Asked, pending: Sequence[Record], settled: Settled) -> Iterator[list[Outcome]]:
+def _stream(
+    job: GenerateJob, recipe: Recipe, llm: Llm, pending: Sequence[Record], settled: Settled
+) -> Iterator[list[Outcome]]:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
@@ -248,7 +197,7 @@ def _stream(job: GenerateJob, asked: _Asked, pending: Sequence[Record], settled:
         # Not from_arrow: it spends a one-CPU task per block on metadata, 10 s for 2,000 rows, and waits for a free CPU.
         dataset = ray.data.from_blocks(blocks).map_batches(
             RecipeWorker,
-            fn_constructor_kwargs={"asks": asked, "settled": settled},
+            fn_constructor_kwargs={"recipe": recipe, "llm": llm, "settled": settled},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=workers.cpus_each,

@@ -4,9 +4,9 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
@@ -51,40 +51,33 @@ class RecipeWorker:
     start, and passed over: none of it reaches an engine again.
 
     Args:
-        asks: Gives the recipe and the model it calls; called at the first block, may wait for engines.
+        recipe: The recipe.
+        llm: The model it calls.
         settled: Where settled inputs are read; by default none are.
     """
 
-    def __init__(self, asks: Callable[[], tuple[Recipe, Llm]], settled: Settled | None = None):
-        self._asks, self._bound, self._binding = asks, cast("tuple[Recipe, Llm] | None", None), threading.Lock()
+    def __init__(self, recipe: Recipe, llm: Llm, settled: Settled | None = None):
+        self._recipe, self._llm = recipe, llm
         self._settled = frozenset[str]() if settled is None else settled.read()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="recipes").start()
 
     def __call__(self, block: pa.Table) -> Iterator[dict[str, list[bytes]]]:
         """Parcels of outcomes in the order in which the inputs end; a slow row holds nothing else up."""
-        with self._binding:
-            recipe, llm = self._bound = self._bound or self._asks()
         rows = [Record.from_row(row) for row in block.to_pylist()]
         finished: queue.SimpleQueue[list[Outcome] | BaseException] = queue.SimpleQueue()
-        asyncio.run_coroutine_threadsafe(self._run(recipe, llm, rows, finished), self._loop)
+        asyncio.run_coroutine_threadsafe(self._run(rows, finished), self._loop)
         ended = (_outcomes(finished.get()) for _ in rows)
         while parcel := list(itertools.islice(ended, INPUTS_PER_PARCEL)):
             yield {"parcel": [pack(itertools.chain.from_iterable(parcel))]}
 
-    async def _run(
-        self,
-        recipe: Recipe,
-        llm: Llm,
-        rows: Sequence[Record],
-        finished: "queue.SimpleQueue[list[Outcome] | BaseException]",
-    ) -> None:
+    async def _run(self, rows: Sequence[Record], finished: "queue.SimpleQueue[list[Outcome] | BaseException]") -> None:
         async def one(row: Record) -> None:
             if row.key in self._settled:
                 finished.put([])
                 return
             try:
-                finished.put(await outcomes_of(recipe, row, llm))
+                finished.put(await outcomes_of(self._recipe, row, self._llm))
             except BaseException as error:  # noqa: BLE001  the thread that waits must end too
                 finished.put(error)
 

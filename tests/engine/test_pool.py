@@ -5,12 +5,11 @@ import os
 import pickle
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from itune_ray.config.shared import FakeEngineConfig, ModelRef, PoolConfig, ServedModel, VllmEngineConfig
-from itune_ray.engine.base import PoolDownError, Request, Sampling
+from itune_ray.engine.base import Request, Sampling
 from itune_ray.engine.host import EngineHost
 from itune_ray.engine.pool import pool_key, resources_of
 from itune_ray.errors import ClusterError, ConfigError, GenerationError, ModelError
@@ -231,46 +230,6 @@ def test_a_path_that_is_no_model_is_one_line(host, tmp_path):
     with pytest.raises(ModelError, match=r"holds no config\.json") as caught:
         host.pool(no_model)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.real
-def test_a_pool_that_was_asked_for_becomes_a_client_where_it_is_used(host):
-    import ray
-
-    @ray.remote(num_cpus=0)
-    def answers(soon, asked):
-        return asyncio.run(soon.client().generate(asked))
-
-    pool = host.ask(served(FakeEngineConfig(load_s=2.0), replicas=2))
-    assert not pool.is_ready
-    found = answers.remote(pool.soon, requests(20))
-    assert host.ready(pool.served) is pool
-    assert [c.error for c in ray.get(found, timeout=60)] == [None] * 20
-    assert (pool.requests, host.starts) == (20, 2)
-
-
-@pytest.mark.real
-def test_a_client_to_be_says_why_there_will_be_none(host, tmp_path):
-    no_model = ServedModel(model=ModelRef(path=str(tmp_path)), pool=PoolConfig(cpus_each=0.1, replicas=2))
-    soon = host.ask(no_model).soon
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
-        soon.client()
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
-        host.ready(no_model)
-
-
-@pytest.mark.real
-def test_whoever_waits_for_a_pool_that_is_closed_is_told(host):
-    slow = served(FakeEngineConfig(load_s=60.0))
-    soon = host.ask(slow).soon
-    with ThreadPoolExecutor(2) as beside:
-        waits, makes = beside.submit(host.ready, slow), beside.submit(soon.client)
-        time.sleep(0.5)
-        host.close()
-        with pytest.raises(PoolDownError, match="closed while its engines loaded"):
-            waits.result(timeout=30)
-        with pytest.raises(PoolDownError, match="process died"):
-            makes.result(timeout=30)
 
 
 # --- engines and trainers on the same devices -------------------------------------------------------------------------

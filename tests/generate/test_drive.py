@@ -50,8 +50,7 @@ def prompts(count: int = 60) -> list[Record]:
 
 def worker(engine, recipe=None, samples=2) -> RecipeWorker:
     llm = EngineLlm(engine, model="m@1", sampling=Sampling(temperature=1.0), seed=1, stage="generate")
-    asked = recipe or load_recipe(RespondConfig(samples=samples)), llm
-    return RecipeWorker(lambda: asked)
+    return RecipeWorker(recipe or load_recipe(RespondConfig(samples=samples)), llm)
 
 
 def through(runner: RecipeWorker, block: int = 8, stop_after: int | None = None):

@@ -16,7 +16,7 @@ from drivers import generate
 
 from itune_ray.config.generate import GenerateJob
 from itune_ray.engine.host import EngineHost
-from itune_ray.errors import ClusterError, GenerationError, ModelError
+from itune_ray.errors import ClusterError, GenerationError
 
 pytestmark = pytest.mark.real
 
@@ -175,23 +175,6 @@ def test_too_few_cpus_are_told_before_anything_starts(host, prompts, tmp_path):
         make(host, tmp_path, prompts, workers={"num": 16, "cpus_each": 0.5})
     assert host.starts == 0
     assert time.monotonic() - started < 5
-
-
-def test_an_engine_that_cannot_load_is_the_stages_own_error(host, prompts, tmp_path):
-    """Workers start beside the engine, and fail with it."""
-    no_model = {"model": {"path": str(tmp_path)}, "engine": {"type": "vllm"}, "pool": {"cpus_each": 0.5}}
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
-        make(host, tmp_path, prompts, teacher=no_model)
-    late = {"model": {"path": "any"}, "engine": {"type": "fake", "load_s": 120.0}}
-    with pytest.raises(ClusterError, match="1 of 1 engine replicas were not ready within 4 s"):
-        make(host, tmp_path, prompts, name="late", teacher={**late, "pool": {"cpus_each": 0.5, "start_timeout_s": 4}})
-    assert make(host, tmp_path, prompts, name="then").complete
-
-
-def test_an_engine_that_loads_slowly_keeps_no_row_waiting_for_ever(host, prompts, tmp_path):
-    quick = make(host, tmp_path, prompts)
-    slow = make(host, tmp_path, prompts, name="slow", engine={"load_s": 4.0})
-    assert tables(slow) == tables(quick)
 
 
 def test_workers_that_fit_exactly_do_not_hang(host, prompts, tmp_path):
