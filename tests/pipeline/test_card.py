@@ -1,5 +1,5 @@
-"""Self-instruct, preferences, DPO, distributions, KD and pruning in one small run; as a soak test once more, killed
-while the teacher invents. Tables, losses and weights must come out the same."""
+"""Self-instruct, preferences, DPO, distributions, KD and pruning in one small run, and once more, killed while the
+teacher invents. Tables, losses and weights must come out the same."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import signal
 import pytest
 from runs import commits, losses, table_hash
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.soak]
 
 PLAYGROUND = {"type": "playground", "split": "prompts"}
 TEACHER = {"model": {"path": "playground://teacher"}}
@@ -117,7 +117,6 @@ def test_every_part_made_something(itune, calm):
     assert last["reward_margin"] > first["reward_margin"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.soak
 def test_killed_and_done_again_the_tables_losses_and_weights_are_the_same(itune, calm, wait_until):
     file = itune.write(card("killed"))
     run = itune.root / "killed"
