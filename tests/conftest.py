@@ -13,7 +13,6 @@ import yaml
 
 LONGEST_FIRST = (
     "pipeline/test_loop.py",
-    "pipeline/test_card.py",
     "sweep/test_sweep_run.py",
     "generate/test_recipe_jobs.py",
     "test_submit.py",
