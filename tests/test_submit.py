@@ -39,19 +39,20 @@ def project(tmp_path_factory):
     """What travels: the package and a small pipeline, as in a clone."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "itune_ray", folder / "itune_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    served = {"model": {"path": "playground://base"}, "engine": {"type": "vllm", "max_adapters": 1}}
+    # One model and one engine for all steps: each engine's start takes as long as all else of its stage.
+    served = {"model": {"path": "playground://teacher"}, "engine": {"type": "vllm", "max_adapters": 1}}
     job = {
         "name": "submitted",
         "steps": {
             "distill": {
                 "job": "generate",
                 "prompts": [{"type": "playground", "split": "prompts", "rows": 64}],
-                "teacher": {"model": {"path": "playground://teacher"}},
+                "teacher": served,
                 "sampling": {"max_tokens": 32},
             },
             "sft": {
                 "job": "train",
-                "model": {"path": "playground://base", "attention": "eager", "peft": {"type": "lora", "rank": 4}},
+                "model": {"path": "playground://teacher", "attention": "eager", "peft": {"type": "lora", "rank": 4}},
                 "data": [{"source": {"type": "file", "path": "step://distill/accepted"}}],
                 "steps": 3,
                 "batch": 8,
