@@ -72,7 +72,7 @@ class Replica:
         started = time.monotonic()
         config, model, threads, can_sleep = self._arguments
         collected = gc.isenabled()
-        gc.disable()  # 1.2 of vLLM's 9.1 s of imports are collections that find nothing
+        gc.disable()  # of the 9.1 s in which vLLM is imported and loads, 1.2 s are collections
         try:
             module, _, name = ENGINES[config.type].partition(":")
             self._engine = getattr(importlib.import_module(module), name)(config, model, threads, can_sleep)

@@ -97,7 +97,7 @@ RUN = {
         },
         "sweep": {
             "job": "sweep",
-            "axes": {"train.model.peft.rank": [2]},
+            "axes": {"train.model.peft.rank": [2, 4]},
             "train": {**TRAIN, "steps": 2},
             "evaluate": {
                 "benchmarks": [{"type": "playground", "rows": 20}],
@@ -178,4 +178,4 @@ def test_counts_are_those_of_the_run(watched):
     query = 'sum(last_over_time(ray_itune_rows_total{run="watched",stage="distill"}[10m]))'
     assert float(ask(url, "query", query=query, time=ended)["result"][0]["value"][1]) == 300
     query = f'sum(last_over_time(ray_itune_engine_requests_total{{run="watched"}}[{int(ended - began) + 5}s]))'
-    assert float(ask(url, "query", query=query, time=ended)["result"][0]["value"][1]) >= 300 + 40 + 20
+    assert float(ask(url, "query", query=query, time=ended)["result"][0]["value"][1]) >= 300 + 40 + 2 * 20
