@@ -5,6 +5,7 @@ cluster; `itune export ARTIFACT TARGET` writes its rows for others; `itune docto
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -27,14 +28,17 @@ def command() -> None:
     """The process: `main`, and an end that keeps its exit status.
 
     After an error or an interrupt, threads of Ray may still write while Python closes its streams, which aborts the
-    process with another status: all is told by then, so it ends at once.
+    process with another status: all is told by then, so it ends at once. Without one, Python's end would
+    go through all that was imported, a second for torch and Ray; it leaves out what is frozen.
     """
     status = main()
-    if status and (ray := sys.modules.get("ray")) is not None:
+    if (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        if status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    gc.freeze()
     sys.exit(status)
 
 

@@ -3,11 +3,12 @@
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from itune_ray import room
 from itune_ray.config.shared import RayConfig
 from itune_ray.errors import ClusterError
+from itune_ray.imports import importing
 from itune_ray.nodes import node_kinds
 from itune_ray.observe import metrics
 from itune_ray.observe.logs import QUIET_ENVIRONMENT, quiet_environment
@@ -17,11 +18,16 @@ MIN_LOGICAL_CPUS = 8
 """Of a fresh local Ray: engines, recipe workers and eval actors mostly wait, so they may share two real cores."""
 
 
-def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -> None:
+def connect(
+    config: RayConfig, say: Callable[[str], None] = lambda line: None, *, meanwhile: Sequence[str] = ()
+) -> None:
     """Join the cluster, or start a local Ray, and say where its dashboard is; does nothing when connected already.
 
     Every stage calls this first thing after finding that it has work to do: a run whose stages are all finished never
     starts Ray.
+
+    Args:
+        meanwhile: Modules, none of Ray's, that are imported while Ray's own processes start.
     """
     quiet_environment()
     import ray
@@ -30,10 +36,11 @@ def connect(config: RayConfig, say: Callable[[str], None] = lambda line: None) -
         return
     kinds = node_kinds(config)
     address = config.address or os.environ.get("RAY_ADDRESS")
-    if in_submitted_job():
-        link = _link(ray.init(log_to_driver=False, logging_level=logging.WARNING))
-    else:
-        link = _join(address) if address else _start_local(config)
+    with importing(*meanwhile):
+        if in_submitted_job():
+            link = _link(ray.init(log_to_driver=False, logging_level=logging.WARNING))
+        else:
+            link = _join(address) if address else _start_local(config)
     room.may_grow_to(kinds if address or in_submitted_job() else ())
     metrics.send_to(RAY_SINK)
     if link:

@@ -81,6 +81,11 @@ class EvalError(ITuneError):
     """An evaluation cannot be run or scored."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message that says something; its class if none does."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def brief(value: object) -> str:
     """A value as a message shows it: its repr, cut where it is long."""
     text = repr(value)

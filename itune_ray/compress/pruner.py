@@ -16,7 +16,8 @@ from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import local_model_folder, read_config, resolve
 from itune_ray.data.records import Record
 from itune_ray.model.export import write_model
-from itune_ray.model.load import load_model, load_tokenizer, pad_id
+from itune_ray.model.load import load_model, pad_id
+from itune_ray.model.tokenizer import load_tokenizer
 
 
 class Pruner:

@@ -30,6 +30,7 @@ from itune_ray.generate.recipes import load_recipe
 from itune_ray.generate.recipes.base import Recipe, facts_of, recipe_identity
 from itune_ray.generate.whole import Inputs, WholeRecipe
 from itune_ray.generate.worker import RecipeWorker, Settled, unpack
+from itune_ray.imports import importing
 from itune_ray.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class _Feed:
         cluster.connect(self._job.run.ray, self._progress.say)
         _require_workers(self._job, list(self._models().values()), self._engines)
         started = time.monotonic()
-        self._pools = {name: self._engines.pool(served) for name, served in self._models().items()}
+        with importing("ray.data"):
+            self._pools = {name: self._engines.pool(served) for name, served in self._models().items()}
         self._asked_before = sum(pool.requests for pool in self._pools.values())
         if self.engine_starts:
             names = ", ".join(pool.model for pool in self._pools.values())

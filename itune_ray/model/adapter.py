@@ -13,8 +13,8 @@ from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.errors import ModelError
-from itune_ray.model.load import load_tokenizer
 from itune_ray.model.peft.names import ADAPTER, saved_name
+from itune_ray.model.tokenizer import load_tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
 _DECIDING = {

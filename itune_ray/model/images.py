@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from itune_ray.data.images import BadImageError
-from itune_ray.errors import ModelError
+from itune_ray.errors import ModelError, first_line
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "mm_projector", "embed_vision")
 """What families call the module from image features to the language model's embeddings."""
@@ -29,11 +28,12 @@ class ImageReader:
     """
 
     def __init__(self, folder: str, trust_remote_code: bool = False):
+        from transformers import AutoProcessor  # a second of imports that trainings on text go without
+
         try:
             self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            why = str(error).splitlines()[0]
-            raise ModelError(f"no usable processor: {why}", got=folder, knob="model.path") from None
+            raise ModelError(f"no usable processor: {first_line(error)}", got=folder, knob="model.path") from None
         self.token: str | None = getattr(self.processor, "image_token", None)
         if self.token is None or not hasattr(self.processor, "image_processor"):
             raise ModelError("the processor takes no images", got=folder, knob="images")

@@ -1,4 +1,4 @@
-"""Tokenizers and models through transformers' Auto classes: pretrained, fresh, or empty on the meta device."""
+"""Models through transformers' Auto classes: pretrained, fresh, or empty on the meta device."""
 
 import contextlib
 import importlib.util
@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -21,18 +20,10 @@ from itune_ray.config.shared import ModelRef
 from itune_ray.config.train import InitConfig
 from itune_ray.data.batches import Masking
 from itune_ray.data.hub import local_model_folder
-from itune_ray.errors import ModelError
+from itune_ray.errors import ModelError, first_line
 from itune_ray.model.documents import BY_DOCUMENT
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
-
-
-def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder; raises `ModelError` when there is none that works."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no usable tokenizer: {_first_line(error)}", got=folder, knob="model.tokenizer") from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -88,7 +79,7 @@ def load_model(
             folder, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **labels
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", got=folder, knob="model.path") from None
+        raise ModelError(f"the model cannot be loaded: {first_line(error)}", got=folder, knob="model.path") from None
 
 
 def model_from_config(
@@ -109,7 +100,7 @@ def model_from_config(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the model's config is unusable: {_first_line(error)}", got=folder) from None
+        raise ModelError(f"the model's config is unusable: {first_line(error)}", got=folder) from None
     return auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code)
 
 
@@ -131,7 +122,7 @@ def new_model(
             str(init.config.get("model_type")), **{"vocab_size": len(tokenizer), **special, **arguments, **labels}
         )
     except (ValueError, TypeError) as error:
-        raise ModelError(f"the config makes no model: {_first_line(error)}", knob="model.init.config") from None
+        raise ModelError(f"the config makes no model: {first_line(error)}", knob="model.init.config") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -174,7 +165,3 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

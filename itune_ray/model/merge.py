@@ -101,7 +101,8 @@ def merge_adapter(model_folder: str, adapter_folder: str, out: str, dtype: torch
     from peft import PeftModel
 
     from itune_ray.model.export import write_model
-    from itune_ray.model.load import load_model, load_tokenizer
+    from itune_ray.model.load import load_model
+    from itune_ray.model.tokenizer import load_tokenizer
 
     base = load_model(model_folder, dtype=torch.float32, attention="eager")
     adapted = PeftModel.from_pretrained(base, adapter_folder, adapter_name=ADAPTER)

@@ -5,7 +5,7 @@ from functools import lru_cache
 from itune_ray.config.shared import ModelRef
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import resolve
-from itune_ray.model.load import load_tokenizer
+from itune_ray.model.tokenizer import load_tokenizer
 
 
 def model_renderer(ref: ModelRef) -> ChatRenderer:

@@ -15,11 +15,10 @@ from itune_ray.config.adaptation import PROMPTS, AdaloraConfig
 from itune_ray.config.objectives import SftConfig
 from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import Masking
-from itune_ray.data.chat import ChatRenderer
-from itune_ray.data.hub import ResolvedModel, local_model_folder, resolve
+from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter, check_vocabulary
-from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
+from itune_ray.model.added_tokens import embed_new_tokens
 from itune_ray.model.cpu import install_wide_products
 from itune_ray.model.documents import install_document_attention
 from itune_ray.model.images import check_positions, choose_trained
@@ -27,7 +26,6 @@ from itune_ray.model.load import (
     can_pack,
     choose_attention,
     load_model,
-    load_tokenizer,
     masking_for,
     model_from_config,
     new_model,
@@ -39,7 +37,9 @@ from itune_ray.model.pooling import install_pooling
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head
 from itune_ray.model.router import router_loss_weight
 from itune_ray.model.shards import covers, fill_from_adapter, fill_from_folder, has_reward_head
+from itune_ray.model.tokenizer import load_tokenizer
 from itune_ray.model.wide_blocks import install_wide_blocks
+from itune_ray.train.renderer import tokenizer_folder
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
@@ -61,29 +61,12 @@ class Built:
     """Of the load-balancing loss, for a mixture of experts."""
 
 
-def load_renderer(model: TrainedModel, sees: bool = False) -> ChatRenderer:
-    """The tokenizer with the chat template in force."""
-    tokenizer = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code)
-    add_tokens(tokenizer, model.added_tokens)
-    return ChatRenderer(tokenizer, model.chat_template, model.thinking, sees)
-
-
 def _new_tokens(model: TrainedModel) -> list[str]:
     """Those of the added tokens that the model's own vocabulary lacks."""
     if not model.added_tokens or model.init is not None:
         return []
     vocabulary = load_tokenizer(tokenizer_folder(model).path, model.trust_remote_code).get_vocab()
     return [token for token in model.added_tokens if token not in vocabulary]
-
-
-def tokenizer_folder(model: TrainedModel) -> ResolvedModel:
-    """Where the tokenizer is: named by itself, by `init`, or beside the weights."""
-    if model.tokenizer is not None:
-        return resolve(model.tokenizer, kind="tokenizer")
-    if model.init is not None:
-        return resolve(model.init.tokenizer, kind="tokenizer")
-    assert model.path is not None
-    return resolve(model.path, revision=model.revision, kind="tokenizer")
 
 
 def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, world: World) -> Built:

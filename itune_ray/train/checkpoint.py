@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
 from itune_ray.data.storage import PAUSES_S, Folder
-from itune_ray.errors import StorageError, TrainError
+from itune_ray.errors import StorageError, TrainError, first_line
 from itune_ray.model.sharding import snapshot
 from itune_ray.train.checkpoint_files import Reader, Sums, Writer, is_whole, merged
 from itune_ray.train.optimizer import Optimizers
@@ -141,7 +141,7 @@ class Checkpoints:
                 load(state, storage_reader=Reader(self.at(step)), no_dist=_alone())
         except (CheckpointException, RuntimeError, OSError) as error:
             raise TrainError(
-                f"the checkpoint cannot be resumed: {str(error).splitlines()[0]}",
+                f"the checkpoint cannot be resumed: {first_line(error)}",
                 got=self.at(step).uri,
                 allowed="a checkpoint of the same model, adapter and optimizer",
             ) from error

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from itune_ray.config.objectives import KdConfig, KtoConfig, ObjectiveConfig, RewardConfig, RrhfConfig, SftConfig
+from itune_ray.config.objectives import KdConfig, KtoConfig, RewardConfig, RrhfConfig, SftConfig
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, TemplateRewritesHistory, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
@@ -323,9 +323,13 @@ DOCUMENTS: dict[str, Documents] = {
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""
 
 
-def documents_of(objective: ObjectiveConfig) -> Documents:
-    """How rows become documents of this objective."""
-    return DOCUMENTS[objective.rows]
+def documents_for(job: TrainJob) -> Documents:
+    """How rows become documents of a job."""
+    if job.images is not None:
+        from itune_ray.train.pictured import Pictured  # loads torch, which text can do without
+
+        return Pictured()
+    return DOCUMENTS[job.objective.rows]
 
 
 def rendered(record: Record, renderer: ChatRenderer, supervise: Supervise) -> Rendered:

@@ -24,7 +24,7 @@ from itune_ray.model.cpu import keep_memory
 from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.model.peft import ParameterReport
-from itune_ray.train.build import Built, build_model, load_renderer, scalar
+from itune_ray.train.build import Built, build_model, scalar
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.divergence import Divergence
 from itune_ray.train.gate import check_written, gate_documents, trained_twin
@@ -37,6 +37,7 @@ from itune_ray.train.pictured import shown_for, write_processor
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.randomness import draws, seeded
 from itune_ray.train.reference import Reference, reference_of
+from itune_ray.train.renderer import load_renderer
 from itune_ray.train.reptile import OuterSteps
 from itune_ray.train.rows import VALIDATION, validation_job
 from itune_ray.train.schedule import lr_factor

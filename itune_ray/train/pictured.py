@@ -24,7 +24,7 @@ from itune_ray.data.images import BadImageError, images_of
 from itune_ray.data.order import DOCUMENT_SCHEMA, PackedRow
 from itune_ray.data.records import Record
 from itune_ray.model.images import ImageReader, expanded, to_compute
-from itune_ray.train.documents import Document, DocumentError, Documents, check_length, documents_of, rendered
+from itune_ray.train.documents import Document, DocumentError, check_length, rendered
 
 BYTES, SIZES = "image_bytes", "image_sizes"
 """Columns: the encoded images of a document end to end, and how many bytes each has."""
@@ -73,11 +73,6 @@ def image_columns(images: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[n
 def images_of_row(row: PackedRow) -> list[bytes]:
     """The encoded images of a packed row, in order."""
     return _split(row.columns[BYTES].tobytes(), row.columns[SIZES].tolist())
-
-
-def documents_for(job: TrainJob) -> Documents:
-    """How rows become documents of a job."""
-    return documents_of(job.objective) if job.images is None else Pictured()
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from itune_ray.data.records import Record
 from itune_ray.data.storage import Folder
 from itune_ray.data.tasks import TaskOrder
 from itune_ray.errors import TrainError
-from itune_ray.train.documents import Completed, DocumentError, number
-from itune_ray.train.pictured import documents_for
+from itune_ray.train.documents import Completed, DocumentError, documents_for, number
 from itune_ray.train.rows import rejection
 
 DIFFICULTY = "difficulty"
@@ -52,7 +51,7 @@ class PreparedData:
 def renderer_for(model_json: str, sees: bool = False) -> ChatRenderer:
     """One renderer per process and model section (as JSON), since loading a tokenizer takes longer than a batch."""
     from itune_ray.config.train import TrainedModel
-    from itune_ray.train.build import load_renderer
+    from itune_ray.train.renderer import load_renderer
 
     return load_renderer(TrainedModel.model_validate_json(model_json), sees)
 

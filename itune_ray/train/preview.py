@@ -12,8 +12,8 @@ from itune_ray.data.records import Record
 from itune_ray.data.sources import read_source
 from itune_ray.data.storage import Folder
 from itune_ray.errors import DataError
-from itune_ray.train.build import load_renderer
-from itune_ray.train.documents import Document, DocumentError, documents_of
+from itune_ray.train.documents import Document, DocumentError, documents_for
+from itune_ray.train.renderer import load_renderer
 
 ROWS_PER_PART = 2
 _COLOURS = {True: ("\x1b[32m", "\x1b[0m"), False: ("\x1b[2m", "\x1b[0m")}
@@ -28,7 +28,7 @@ def preview(job: TrainJob, colour: bool) -> Iterator[str]:
     Args:
         colour: Supervised tokens green and masked ones dim; otherwise supervised ones stand in ⟦ ⟧.
     """
-    renderer = load_renderer(job.model)
+    renderer = load_renderer(job.model, job.images is not None)
     yield "sample of the rows: " + ("supervised tokens are green" if colour else "supervised tokens stand in ⟦ ⟧")
     for part in job.data:
         for record in _first_rows(part.source):
@@ -47,7 +47,7 @@ def _first_rows(source: Source) -> list[Record]:
 
 def _row(record: Record, job: TrainJob, renderer: ChatRenderer, colour: bool) -> Iterator[str]:
     try:
-        document = documents_of(job.objective).document(record, job, renderer)
+        document = documents_for(job).document(record, job, renderer)
     except DocumentError as error:
         detail = f", {_safe(' '.join(error.detail.split()))}" if error.detail else ""
         yield f"--- {record.key}: rejected as {error.reason}{detail}"

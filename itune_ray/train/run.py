@@ -53,7 +53,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     if artifact.complete:
         return artifact
     check_trackers(job.trackers)
-    cluster.connect(job.run.ray, progress.say)
+    cluster.connect(job.run.ray, progress.say, meanwhile=["itune_ray.train.renderer"])
     _make_room(job, engines, progress.say)
     records, unread = read_rows(job)
     prepared = prepare(job, records, artifact.path(), unread)

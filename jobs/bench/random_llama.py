@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from itune_ray.config.train import InitConfig
-from itune_ray.model.load import load_tokenizer, new_model
+from itune_ray.model.load import new_model
+from itune_ray.model.tokenizer import load_tokenizer
 
 CONFIG = {
     "model_type": "llama",

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from itune_ray.config.base import validate
 from itune_ray.config.train import TrainJob
 from itune_ray.data.records import Record
-from itune_ray.model.load import load_tokenizer
 from itune_ray.model.logprobs import score_tokens
+from itune_ray.model.tokenizer import load_tokenizer
 from itune_ray.train.loop import train_local
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.prepare import renderer_for

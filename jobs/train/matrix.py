@@ -148,7 +148,8 @@ def _distributions(count: int, k: int) -> Iterator[Any]:
     from itune_ray.data.chat import ChatRenderer
     from itune_ray.data.hub import local_model_folder
     from itune_ray.data.records import TopK
-    from itune_ray.model.load import load_model, load_tokenizer
+    from itune_ray.model.load import load_model
+    from itune_ray.model.tokenizer import load_tokenizer
     from itune_ray.playground.sets import rows
 
     folder = local_model_folder(ModelRef(path="playground://teacher")).path

@@ -19,7 +19,7 @@ from itune_ray.engine.prompts import PromptEncoder
 from itune_ray.engine.vllm import VllmEngine, without_thoughts
 from itune_ray.errors import ConfigError
 from itune_ray.model.render import model_renderer
-from itune_ray.train.build import load_renderer
+from itune_ray.train.renderer import load_renderer
 
 QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
 ASK = {"role": "user", "content": "apple?"}

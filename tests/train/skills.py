@@ -11,7 +11,8 @@ from itune_ray.benchmarks.base import Reply
 from itune_ray.config.evaluate import PlaygroundBenchmark
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer
-from itune_ray.model.load import load_model, load_tokenizer
+from itune_ray.model.load import load_model
+from itune_ray.model.tokenizer import load_tokenizer
 from itune_ray.train.loop import train_local
 from itune_ray.train.outcome import TrainOutcome
 from itune_ray.train.rows import read_held_out, read_rows

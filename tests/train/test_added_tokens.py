@@ -12,9 +12,9 @@ from itune_ray.data.records import Record
 from itune_ray.engine.token_rows import servable_adapter
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.added_tokens import add_tokens, embed_new_tokens
-from itune_ray.train.build import load_renderer
 from itune_ray.train.loop import train_local
 from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.renderer import load_renderer
 
 TOKENS = ["<|task:sum|>", "<|task:sort|>"]
 

@@ -195,7 +195,7 @@ def test_images_of_a_job_are_part_of_what_it_is_where_there_are_any(seeing):
 
 def test_a_placeholder_in_the_words_is_no_image(seeing, records):
     from itune_ray.data.chat import ControlTokens
-    from itune_ray.model.load import load_tokenizer
+    from itune_ray.model.tokenizer import load_tokenizer
 
     renderer = ChatRenderer(load_tokenizer(str(seeing)), sees=True)
     sly = replace(records[0], messages=({"role": "user", "content": "see <image>"}, records[0].messages[1]))

@@ -18,7 +18,7 @@ from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.records import Record, TopK
 from itune_ray.errors import TrainError
 from itune_ray.model.logprobs import LogitTransform, TokenScores, score_tokens
-from itune_ray.train.documents import TEACHER_IDS, TEACHER_LOG_PROBS, DocumentError, documents_of
+from itune_ray.train.documents import TEACHER_IDS, TEACHER_LOG_PROBS, DocumentError, documents_for
 from itune_ray.train.objectives.kd import Kd, tail_bucket_jsd, tail_bucket_kl, tail_bucket_reverse_kl
 
 N, H, V = 7, 12, 30
@@ -259,7 +259,7 @@ def captured(record: Record, k: int = 3, **changes: Any) -> Record:
 
 def document(record: Record, **settings: Any) -> dict[str, Any]:
     job = tiny.job("any", objective={"type": "kd", "k": 2, **settings})
-    return documents_of(job.objective).document(record, job, RENDERER)
+    return documents_for(job).document(record, job, RENDERER)
 
 
 ROW = tiny.chat("apple river?", "stone cloud")

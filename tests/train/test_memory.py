@@ -7,7 +7,8 @@ import pytest
 import tiny
 from ranks import STRATEGIES, run_ranks
 
-from itune_ray.train.build import build_model, load_renderer
+from itune_ray.train.build import build_model
+from itune_ray.train.renderer import load_renderer
 from itune_ray.train.strategies import build_strategy
 from itune_ray.train.world import current_world
 

@@ -28,7 +28,7 @@ from itune_ray.config.adaptation import (
     Targets,
 )
 from itune_ray.data.records import row_seed
-from itune_ray.errors import ModelError, did_you_mean
+from itune_ray.errors import ModelError, did_you_mean, first_line
 from itune_ray.model.images import beside_language
 from itune_ray.model.nf4 import quantise_linear_layers
 from itune_ray.model.peft.biases import apply_bitfit
@@ -123,7 +123,7 @@ def _low_rank(
     except ValueError as error:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
-            f"LoRA cannot be applied: {str(error).splitlines()[0]}",
+            f"LoRA cannot be applied: {first_line(error)}",
             got=config.target,
             allowed=f"all-linear or some of {', '.join(linear)}",
             knob="model.peft.target",

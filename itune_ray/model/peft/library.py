@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from itune_ray.config.adaptation import PeftLibraryConfig
-from itune_ray.errors import ModelError, did_you_mean
+from itune_ray.errors import ModelError, did_you_mean, first_line
 from itune_ray.model.peft.names import ADAPTER
 
 
@@ -39,5 +39,5 @@ def apply_library(model: PreTrainedModel, config: PeftLibraryConfig) -> nn.Modul
             return peft.get_peft_model(model, kind(**arguments, target_modules="all-linear"), adapter_name=ADAPTER)
     except (ValueError, TypeError, AssertionError) as error:
         raise ModelError(
-            f"{config.method} cannot be applied: {str(error).splitlines()[0]}", got=config.args, knob="model.peft.args"
+            f"{config.method} cannot be applied: {first_line(error)}", got=config.args, knob="model.peft.args"
         ) from None

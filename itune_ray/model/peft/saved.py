@@ -14,7 +14,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from itune_ray.config.adaptation import BOTTLENECKS, LlamaExcitorConfig, LTuningConfig
 from itune_ray.errors import ModelError
-from itune_ray.model.load import load_tokenizer
 from itune_ray.model.peft.bottleneck import apply_bottlenecks
 from itune_ray.model.peft.excitor import apply_excitor
 from itune_ray.model.peft.l_tuning import apply_l_tuning
@@ -22,6 +21,7 @@ from itune_ray.model.peft.names import ADAPTER, OWN_CONFIG, TRAINING_ONLY, base_
 from itune_ray.model.peft.prompts import is_prompted, trained_prompt
 from itune_ray.model.reward import reward_head
 from itune_ray.model.sharding import whole
+from itune_ray.model.tokenizer import load_tokenizer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -1,0 +1,25 @@
+"""Slow imports that run beside a wait for other processes."""
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def importing(*modules: str) -> Iterator[None]:
+    """Import modules in a thread while the block waits; they are there when it ends.
+
+    For blocks that import nothing of the same packages: of a cycle of imports that two threads enter, one can see half
+    a module. An import that fails is left to raise where the module is used.
+    """
+
+    def load() -> None:
+        for module in modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=load, name="imports", daemon=True)
+    thread.start()
+    yield
+    thread.join()
