@@ -144,6 +144,7 @@ def watched(tmp_path_factory):
                 timeout=240,
             )
             assert done.returncode == 0, done.stdout + done.stderr
+            time.sleep(3)  # the driver's last words: one report of Ray's, and one scrape
             yield scraping.url, began, time.time()
 
 

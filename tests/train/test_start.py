@@ -1,0 +1,33 @@
+"""What the processes of a training load before they do anything: seconds of every start."""
+
+import subprocess
+import sys
+
+import pytest
+
+from itune_ray.imports import importing
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The large packages that a fresh interpreter has after importing these."""
+    code = f"import sys, {', '.join(modules)}; print(*({{'torch', 'transformers', 'peft', 'vllm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_controller_unpickles_a_training_without_torch():
+    assert loaded_by("itune_ray.train.workers", "itune_ray.train.prepare", "itune_ray.train.board") == set()
+
+
+def test_the_driver_renders_rows_without_a_model():
+    assert "peft" not in loaded_by("itune_ray.train.run", "itune_ray.train.renderer")
+
+
+def test_modules_are_there_when_the_block_ends(monkeypatch):
+    for name in ("colorsys", "sched"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with importing("colorsys", "itune_ray.no_such_module", "sched"):
+        pass
+    assert {"colorsys", "sched"} <= sys.modules.keys()
+    with pytest.raises(ModuleNotFoundError):
+        import itune_ray.no_such_module  # noqa: F401  # pyright: ignore
