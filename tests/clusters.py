@@ -135,7 +135,8 @@ def job_server(cpus: int = 8) -> Iterator[JobServer]:
     command = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}", f"--temp-dir={folder}"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     command += [f"--{port}={free_port()}" for port in AGENT_PORTS]
-    with running(command, {**environment, "OMP_NUM_THREADS": "1"}, folder) as pid:
+    own = {"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "1000"}
+    with running(command, environment | own, folder) as pid:
         address = f"http://127.0.0.1:{dashboard}"
         await_answer(f"{address}/api/version")
         yield JobServer(address, pid, environment, folder)

@@ -86,7 +86,7 @@ def itune(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     command_line.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wait_until() -> Callable[..., None]:
     """Poll a condition, failing with a message when it does not come true."""
     import time
