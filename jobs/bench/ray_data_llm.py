@@ -4,8 +4,8 @@ through `itune generate`, start included too.
 `python jobs/bench/ray_data_llm.py [jobs/bench/generate.yaml] [a.b=c ...]`. Both are given messages, and render and
 tokenise them: theirs by the stages that it has for that by default (it puts the tokenizer's first token before the
 text). Theirs runs once more on ready token ids, those that our engine sees, without these stages. Each side is a
-process of its own; the last line is one JSON object: `ratio` is our tokens per second over theirs, `ratio_on_ids` the
-same over theirs on token ids.
+process of its own; the last line is one JSON object: `ratio` is our tokens per second over theirs, `ratio_by_rows` the
+same by prompts, `ratio_on_ids` by tokens over theirs on token ids.
 """
 
 import json
@@ -88,39 +88,48 @@ def theirs(job: BenchJob, out: str, on_ids: bool) -> int:
     return sum(pq.read_table(out)["tokens"].to_pylist())
 
 
-def ours(job: BenchJob, out: str) -> int:
-    """The same by `itune generate`, without the dashboard too."""
-    from itune_ray.observe.progress import Progress
-    from itune_ray.pipeline.run import run
-
+def ours(job: BenchJob, out: str) -> list[str]:
+    """The same by `itune generate`, without the dashboard too: the command."""
     ray = job.run.ray.model_copy(update={"dashboard": False})
     settings = job.generation.model_copy(update={"run": job.run.model_copy(update={"output": out, "ray": ray})})
-    store = run("generate", settings, Progress(quiet=True))
-    return store.opened[-1].manifest["tokens"]["generated"]
+    Path(out).mkdir()
+    file = Path(out) / "job.json"  # which is YAML too
+    file.write_text(settings.model_dump_json())
+    return [sys.executable, "-m", "itune_ray", "generate", str(file), "--quiet"]
+
+
+def generated(out: str) -> int:
+    """Tokens that our side generated."""
+    (manifest,) = Path(out).glob("*/generate-*/manifest.json")
+    return json.loads(manifest.read_text())["tokens"]["generated"]
 
 
 def main() -> None:
     """All sides, one after the other."""
     if sys.argv[1] == "--side":
         side, out, *rest = sys.argv[2:]
-        job = load_job(BenchJob, Path(rest[0]), rest[1:])
-        tokens = ours(job, out) if side == "ours" else theirs(job, out, on_ids=side == "theirs_on_ids")
+        tokens = theirs(load_job(BenchJob, Path(rest[0]), rest[1:]), out, on_ids=side == "theirs_on_ids")
         print(json.dumps({"tokens": tokens}))
         return
+    job = load_job(BenchJob, Path(sys.argv[1]), sys.argv[2:])
     told: dict[str, Any] = {}
     for side in ("theirs", "theirs_on_ids", "ours"):
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = f"{scratch}/rows"
+            command = (
+                ours(job, out) if side == "ours" else [sys.executable, __file__, "--side", side, out, *sys.argv[1:]]
+            )
             began = time.perf_counter()
-            command = [sys.executable, __file__, "--side", side, f"{out}/rows", *sys.argv[1:]]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
             seconds = time.perf_counter() - began
             if done.returncode:
                 raise SystemExit(done.stderr[-2000:])
-            tokens = json.loads(done.stdout.strip().splitlines()[-1])["tokens"]
+            tokens = generated(out) if side == "ours" else json.loads(done.stdout.strip().splitlines()[-1])["tokens"]
             told[side] = {"seconds": round(seconds, 1), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
     speed = {side: figures["tokens_per_s"] for side, figures in told.items()}
     ratios = {
         "ratio": speed["ours"] / speed["theirs"],
+        "ratio_by_rows": told["theirs"]["seconds"] / told["ours"]["seconds"],
         "ratio_on_ids": speed["ours"] / speed["theirs_on_ids"],
     }
     print(json.dumps({**{name: round(ratio, 2) for name, ratio in ratios.items()}, **told}))
