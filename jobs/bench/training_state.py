@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from itune_ray.config.train import CheckpointConfig, TrainJob
 from itune_ray.model.export import write_model
-from itune_ray.train.build import build_model, load_renderer
+from itune_ray.train.build import build_model
 from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.renderer import load_renderer
 from itune_ray.train.strategies import build_strategy
 from itune_ray.train.world import start_from_environment
 

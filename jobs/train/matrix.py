@@ -191,7 +191,7 @@ def exact_matches(job: TrainJob, model_path: str | None, adapter_path: str | Non
     from itune_ray.model.load import load_model
     from itune_ray.model.peft.saved import load_adapted
     from itune_ray.playground.sets import rows
-    from itune_ray.train.build import load_renderer
+    from itune_ray.train.renderer import load_renderer
 
     base = local_model_folder(job.model.reference()).path
     model: Any = load_model(model_path or base, dtype=torch.float32, attention="sdpa")

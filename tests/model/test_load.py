@@ -9,13 +9,13 @@ from itune_ray.errors import ModelError
 from itune_ray.model.load import (
     count_parameters,
     load_model,
-    load_tokenizer,
     masking_for,
     model_from_config,
     new_model,
     parameters_on_meta,
 )
 from itune_ray.model.shards import covers, fill_from_folder
+from itune_ray.model.tokenizer import load_tokenizer
 from itune_ray.train.strategies.base import materialise
 
 FP32 = {"dtype": torch.float32, "attention": "eager"}
