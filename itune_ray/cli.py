@@ -5,6 +5,7 @@ cluster; `itune export ARTIFACT TARGET` writes its rows for others; `itune docto
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -33,7 +34,8 @@ def command() -> None:
     """
     status = main()
     if (ray := sys.modules.get("ray")) is not None:
-        ray.shutdown()
+        with contextlib.suppress(KeyboardInterrupt):
+            ray.shutdown()
         if status:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def importing(*modules: str) -> Iterator[None]:
-    """Import modules in a thread while the block waits; they are there when it ends.
+    """Import modules in a thread while the block waits; they are there when it ends without an error.
 
-    For blocks that import nothing of the same packages: of a cycle of imports that two threads enter, one can see half
-    a module. An import that fails is left to raise where the module is used.
+    For blocks that import nothing which imports these modules: of a cycle of imports that two threads enter, one can
+    see half a module. An import that fails is left to raise where the module is used.
     """
+    if not modules:
+        yield
+        return
 
     def load() -> None:
         for module in modules:
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):
                 importlib.import_module(module)
 
     thread = threading.Thread(target=load, name="imports", daemon=True)

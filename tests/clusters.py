@@ -112,9 +112,11 @@ def autoscaling(node_types: Mapping[str, Any], idle_s: float = 5.0) -> Iterator[
 
 @dataclass(frozen=True)
 class JobServer:
-    """A head that takes jobs: the address of its job server, its process, the environment of whoever talks to it."""
+    """A head that takes jobs: the addresses of its job server and of its GCS, its process, the environment of whoever
+    talks to it."""
 
     address: str
+    gcs: str
     pid: int
     environment: Mapping[str, str]
     folder: Path
@@ -131,15 +133,15 @@ def joining(token: str | None) -> dict[str, str]:
 def job_server(cpus: int = 8) -> Iterator[JobServer]:
     """A head with a dashboard that asks for a token."""
     folder = Path(tempfile.mkdtemp(prefix="ir", dir="/tmp"))
-    dashboard, environment = free_port(), joining(secrets.token_hex(32))
-    command = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}", f"--temp-dir={folder}"]
+    dashboard, port, environment = free_port(), free_port(), joining(secrets.token_hex(32))
+    command = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}", f"--temp-dir={folder}"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     command += [f"--{port}={free_port()}" for port in AGENT_PORTS]
     own = {"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "1000"}
     with running(command, environment | own, folder) as pid:
         address = f"http://127.0.0.1:{dashboard}"
         await_answer(f"{address}/api/version")
-        yield JobServer(address, pid, environment, folder)
+        yield JobServer(address, f"127.0.0.1:{port}", pid, environment, folder)
 
 
 def await_answer(url: str, timeout_s: float = 90) -> None:

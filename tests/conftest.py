@@ -16,7 +16,6 @@ LONGEST_FIRST = (
     "sweep/test_sweep_run.py",
     "generate/test_recipe_jobs.py",
     "test_submit.py",
-    "observe/test_dashboards.py",
     "train/test_loss_invariance.py",
 )
 """Modules that take minutes: started last, one of them would run on alone."""

@@ -25,7 +25,7 @@ from clusters import JobServer, free_port, job_server, joining
 
 from itune_ray.dashboard import DISCOVERY, prometheus
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +185,17 @@ def test_ray_job_submit_and_itune_submit_do_the_same(submitted, ready, project):
     status, seen = itune(server, project, "logs", "submitted")
     assert status == 0
     assert "skipped (finished before)" in seen
+
+
+def test_a_driver_from_outside_joins_by_ray_address(ready, project):
+    server, _ = ready
+    code = (
+        "import ray; from itune_ray import cluster; from itune_ray.config.shared import RayConfig;"
+        "cluster.connect(RayConfig()); print(ray.get_runtime_context().gcs_address, ray.cluster_resources()['CPU'])"
+    )
+    status, seen = shell([sys.executable, "-c", code], project, {**server.environment, "RAY_ADDRESS": server.gcs})
+    assert status == 0, seen
+    assert seen.split()[-2:] == [server.gcs, "8.0"]
 
 
 @NEEDS_PROMETHEUS

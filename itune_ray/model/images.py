@@ -28,9 +28,9 @@ class ImageReader:
     """
 
     def __init__(self, folder: str, trust_remote_code: bool = False):
-        from transformers import AutoProcessor  # a second of imports that trainings on text go without
-
         try:
+            from transformers import AutoProcessor  # a second of imports that trainings on text go without
+
             self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"no usable processor: {first_line(error)}", got=folder, knob="model.path") from None

@@ -66,9 +66,23 @@ def _painted(document: Document, start: int, end: int, renderer: ChatRenderer, c
     tokens = zip(document["input_ids"][start:end], document["supervised"][start:end], strict=True)
     for flag, run in itertools.groupby(tokens, key=lambda token: bool(token[1])):
         opens, closes = marks[flag]
-        safe = _safe(renderer.tokenizer.decode([int(token) for token, _ in run]))
+        safe = _safe(_decoded([int(token) for token, _ in run], renderer))
         text += opens + (safe.replace("\n", f"{closes}\n{opens}") if colour else safe) + closes
     return text
+
+
+def _decoded(ids: list[int], renderer: ChatRenderer) -> str:
+    """The text of tokens; an added token that is repeated, as an image's is hundreds of times, once with its number."""
+    text, pending = "", list[int]()
+    added = renderer.tokenizer.added_tokens_decoder
+    for token, group in itertools.groupby(ids):
+        count = len(list(group))
+        if count == 1 or token not in added:
+            pending += [token] * count
+        else:
+            text += f"{renderer.tokenizer.decode(pending)}{renderer.tokenizer.decode([token])} × {count} "
+            pending = []
+    return text + renderer.tokenizer.decode(pending)
 
 
 def _safe(text: str) -> str:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from itune_ray.train.prepare import PreparedData
 
 IN_PROCESS_ROWS = 50_000
-"""Up to so many rows are tokenised by the driver (7,000 short chats a second); a cluster task first spends ten seconds
-on importing a tokenizer."""
+"""Up to so many rows are tokenised by the driver (7,000 short chats a second); a cluster task first spends four
+seconds on importing a tokenizer."""
 ROWS_PER_BLOCK = 2048
 
 

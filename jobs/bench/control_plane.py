@@ -101,6 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, Progress(quiet=True) as progress:
         for replicas in map(int, arguments.replicas.split(",")):
             settings = job(replicas, arguments, root)
+            assert settings.teacher is not None
             arrivals = Arrivals()
             metrics.send_to(arrivals)
             cluster.connect(settings.run.ray)

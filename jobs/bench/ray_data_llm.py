@@ -1,7 +1,7 @@
 """The bench job's prompts through `ray.data.llm` with the same engine arguments and environment, start included; then
 through `itune generate`, start included too.
 
-`python jobs/bench/ray_data_llm.py [jobs/bench/generate.yaml] [a.b=c ...]`. Both are given messages, and render and
+`python jobs/bench/ray_data_llm.py jobs/bench/generate.yaml [a.b=c ...]`. Both are given messages, and render and
 tokenise them: theirs by the stages that it has for that by default (it puts the tokenizer's first token before the
 text). Theirs runs once more on ready token ids, those that our engine sees, without these stages. Each side is a
 process of its own; the last line is one JSON object: `ratio` is our tokens per second over theirs, `ratio_by_rows` the

@@ -45,17 +45,18 @@ def model_folder(size: str, target: Path) -> Path:
     """A folder of random weights in bf16."""
     tokenizer = load_tokenizer(str(Path(__file__).parents[2] / "itune_ray/playground/models/base"))
     shape = SHAPES[size]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_key_value_heads=8,
-        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    settings: dict[str, Any] = {
         **shape,
-    )
+        "vocab_size": VOCABULARY,
+        "num_key_value_heads": 8,
+        "head_dim": shape["hidden_size"] // shape["num_attention_heads"],
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = LlamaConfig(**settings)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(target)
@@ -120,7 +121,8 @@ def plain_loop(folder: Path, records: list[Record], steps: int = 8, micro: int =
     """Padded batches, full logits, transformers' own loss, autocast: the same documents, the same optimizer."""
     renderer = renderer_for(job(folder).model.model_dump_json())
     ids = [renderer.training_ids(record.messages).input_ids for record in records]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().train()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     torch.cuda.reset_peak_memory_stats()
     tokens, began = 0, 0.0

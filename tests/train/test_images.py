@@ -1,5 +1,7 @@
 """Image-text models in the one loop: the loss of plain transformers, the stages of LLaVA, an exact resume."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,6 +25,7 @@ from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.pictured import images_of_row
 from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.preview import preview
 
 
 def figures(stage):
@@ -181,6 +184,20 @@ def test_rows_that_show_nothing_are_rejected_with_their_reason(seeing, records, 
 def test_what_does_not_go_with_images_is_refused(seeing, overrides, message):
     with pytest.raises(ValidationError, match=message):
         job_of(seeing, **overrides)
+
+
+def test_the_sample_of_a_dry_run_shows_an_images_tokens_as_one(seeing, records, tmp_path):
+    rows = [
+        {"messages": list(r.messages), "images": [i["path"] for i in r.meta["images"] if i["path"]] * 2}
+        for r in records[:1]
+    ]
+    rows.append({"messages": list(records[1].messages)})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = job_of(seeing, data=[{"source": {"type": "file", "path": str(tmp_path / "rows.jsonl")}}])
+    shown, refused = "\n".join(preview(job, colour=False)).split("\n--- ")[1:]
+    assert len(re.findall(r"<image> × \d+ ", shown)) == len(rows[0]["images"])
+    assert shown.count("<image>") == len(rows[0]["images"])
+    assert "rejected as no_image" in refused
 
 
 def test_a_model_that_sees_nothing_is_refused(folder, records, tmp_path):

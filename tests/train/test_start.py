@@ -7,10 +7,12 @@ import pytest
 
 from itune_ray.imports import importing
 
+PACKAGES = {"torch", "transformers", "transformers.modeling_utils", "transformers.processing_utils", "peft", "vllm"}
+
 
 def loaded_by(*modules: str) -> set[str]:
     """The large packages that a fresh interpreter has after importing these."""
-    code = f"import sys, {', '.join(modules)}; print(*({{'torch', 'transformers', 'peft', 'vllm'}} & set(sys.modules)))"
+    code = f"import sys, {', '.join(modules)}; print(*({PACKAGES} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -19,14 +21,20 @@ def test_the_controller_unpickles_a_training_without_torch():
     assert loaded_by("itune_ray.train.workers", "itune_ray.train.prepare", "itune_ray.train.board") == set()
 
 
+def test_rays_own_start_begins_before_torch_is_loaded():
+    assert loaded_by("itune_ray.cli", "itune_ray.train.run", "itune_ray.generate.run") == set()
+
+
 def test_the_driver_renders_rows_without_a_model():
-    assert "peft" not in loaded_by("itune_ray.train.run", "itune_ray.train.renderer")
+    assert loaded_by("itune_ray.train.run", "itune_ray.train.renderer") == {"torch", "transformers"}
 
 
-def test_modules_are_there_when_the_block_ends(monkeypatch):
+def test_modules_are_there_when_the_block_ends(monkeypatch, tmp_path):
+    (tmp_path / "cannot_load.py").write_text("raise OSError('no such library')")
+    monkeypatch.syspath_prepend(tmp_path)
     for name in ("colorsys", "sched"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with importing("colorsys", "itune_ray.no_such_module", "sched"):
+    with importing("colorsys", "itune_ray.no_such_module", "cannot_load", "sched"):
         pass
     assert {"colorsys", "sched"} <= sys.modules.keys()
     with pytest.raises(ModuleNotFoundError):
