@@ -1,6 +1,7 @@
-"""Slow imports that run beside a wait for other processes."""
+"""Slow imports: beside a wait for other processes, and without the garbage collector."""
 
 import contextlib
+import gc
 import importlib
 import threading
 from collections.abc import Iterator
@@ -26,3 +27,16 @@ def importing(*modules: str) -> Iterator[None]:
     thread.start()
     yield
     thread.join()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection in the block, and without what it made in later ones: imports make much that stays."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collected:
+            gc.enable()

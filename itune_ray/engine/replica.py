@@ -1,7 +1,6 @@
 """One replica of a pool: an engine, what it was asked, and how it ends. `pool` makes it a Ray actor."""
 
 import asyncio
-import gc
 import importlib
 import os
 import time
@@ -16,6 +15,7 @@ from itune_ray.engine.base import Completion, EngineDiedError, Request
 from itune_ray.engine.mailbox import Answer, Mailbox
 from itune_ray.engine.usage import Usage
 from itune_ray.errors import GenerationError, ITuneError
+from itune_ray.imports import uncollected
 from itune_ray.observe import metrics
 from itune_ray.observe.metrics import Sink
 
@@ -71,16 +71,12 @@ class Replica:
         """Build the engine, or keep why it cannot be built; returns the seconds."""
         started = time.monotonic()
         config, model, threads, can_sleep = self._arguments
-        collected = gc.isenabled()
-        gc.disable()  # of the 9.1 s in which vLLM is imported and loads, 1.2 s are collections
         try:
-            module, _, name = ENGINES[config.type].partition(":")
-            self._engine = getattr(importlib.import_module(module), name)(config, model, threads, can_sleep)
+            with uncollected():  # of the 9.1 s in which vLLM is imported and loads, 1.2 s are collections
+                module, _, name = ENGINES[config.type].partition(":")
+                self._engine = getattr(importlib.import_module(module), name)(config, model, threads, can_sleep)
         except ITuneError as error:
             self._failure = error
-        finally:
-            if collected:
-                gc.enable()
         return time.monotonic() - started
 
     async def observed_by(self, sink: Sink, run: str, number: int) -> None:

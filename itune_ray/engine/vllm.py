@@ -6,6 +6,7 @@ engine, so chunking is off there and the seeds stay; thread binding costs a fact
 
 import asyncio
 import dataclasses
+import gc
 import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -217,6 +218,7 @@ def _load(
             **{**structure, **given.get("structured_outputs_config", {})}
         )
         args = AsyncEngineArgs(**given)
+        gc.freeze()  # vLLM collects while it starts: 1.2 of 8.5 s go through what is imported by now
         return InProcessBackend(args, threads) if on_cpu else AsyncBackend(args)
     except Exception as error:  # a wrong path, config, dtype, size or memory each raise their own kind
         raise _load_error(error, model.path) from error

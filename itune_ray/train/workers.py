@@ -17,6 +17,7 @@ from itune_ray.config.strategies import TrainWorkers
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ITuneError, TrainError
+from itune_ray.imports import uncollected
 from itune_ray.observe.watch import explained_by
 from itune_ray.train.board import Board, OnProgress, ranks_of, relayed
 
@@ -153,12 +154,13 @@ def _scaling(workers: TrainWorkers) -> "ray.train.ScalingConfig":
 def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker. An error that is the user's to mend goes to the board and ends the run without retries;
     leaving the process group wakes the ranks that wait for this one."""
-    import ray.train
-    import torch
-    import torch.distributed as dist
+    with uncollected():
+        import ray.train
+        import torch
+        import torch.distributed as dist
 
-    from itune_ray.train.loop import train_rank
-    from itune_ray.train.outcome import write_outcome
+        from itune_ray.train.loop import train_rank
+        from itune_ray.train.outcome import write_outcome
 
     job = TrainJob.model_validate_json(config["job"])
     board = config["board"]

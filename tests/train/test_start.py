@@ -1,11 +1,12 @@
 """What the processes of a training load before they do anything: seconds of every start."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
-from itune_ray.imports import importing
+from itune_ray.imports import importing, uncollected
 
 PACKAGES = {"torch", "transformers", "transformers.modeling_utils", "transformers.processing_utils", "peft", "vllm"}
 
@@ -39,3 +40,20 @@ def test_modules_are_there_when_the_block_ends(monkeypatch, tmp_path):
     assert {"colorsys", "sched"} <= sys.modules.keys()
     with pytest.raises(ModuleNotFoundError):
         import itune_ray.no_such_module  # noqa: F401  # pyright: ignore
+
+
+def test_what_a_block_without_collections_made_is_left_out_of_later_ones():
+    before = gc.get_freeze_count()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+            made = [[] for _ in range(1000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= before + len(made)
+        gc.disable()
+        with uncollected():
+            pass
+        assert not gc.isenabled(), "whoever turned it off wants it off"
+    finally:
+        gc.enable()
+        gc.unfreeze()
