@@ -8,7 +8,6 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from itune_ray import cluster
-from itune_ray.compress.pruner import Pruner
 from itune_ray.compress.speed import compare_speed
 from itune_ray.config.compress import CompressJob, SpeedConfig
 from itune_ray.config.shared import ModelRef, ServedModel
@@ -63,6 +62,8 @@ def _pruned(
     job: CompressJob, records: Sequence[Record], out: str, stage: str, engines: EngineHost, progress: Progress
 ) -> tuple[dict[str, Any], list[Record]]:
     """The facts, and the rows to measure speeds on."""
+    from itune_ray.compress.pruner import Pruner  # torch and transformers: not where the artifact is complete
+
     workers = job.workers
     what, knob = "the pruning actor", "workers.cpus_each or workers.gpus_each"
     engines.make_room(workers.each, workers.each, 1, what, knob, progress.say)

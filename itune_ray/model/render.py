@@ -5,7 +5,6 @@ from functools import lru_cache
 from itune_ray.config.shared import ModelRef
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.hub import resolve
-from itune_ray.model.tokenizer import load_tokenizer
 
 
 def model_renderer(ref: ModelRef) -> ChatRenderer:
@@ -15,6 +14,8 @@ def model_renderer(ref: ModelRef) -> ChatRenderer:
 
 @lru_cache(maxsize=8)
 def _renderer(ref_json: str) -> ChatRenderer:
+    from itune_ray.model.tokenizer import load_tokenizer  # seconds, and most who import this never render
+
     ref = ModelRef.model_validate_json(ref_json)
     folder = resolve(ref.tokenizer or ref.path, revision=None if ref.tokenizer else ref.revision, kind="tokenizer")
     return ChatRenderer(load_tokenizer(folder.path, ref.trust_remote_code), ref.chat_template, ref.thinking)

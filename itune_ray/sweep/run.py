@@ -71,7 +71,7 @@ def run(job: SweepJob, runs: RunStore, stage: str, engines: EngineHost, progress
     check_compressible(points)
     for point in points:
         check_trackers(point.train.trackers)
-    connect(job.run.ray, progress.say)
+    connect(job.run.ray, progress.say, meanwhile=["itune_ray.train.renderer"])
     points = on_compressed_models(points, runs, engines, progress)
     shapes = shapes_of(job, points)
     trials = planned(job, points, shapes.of_trial, metric, runs, artifact)

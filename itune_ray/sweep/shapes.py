@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from itune_ray.benchmarks.base import Item
-from itune_ray.compress.blocks import config_shape
-from itune_ray.compress.methods.structured import kept_counts
 from itune_ray.compress.run import run as compress
 from itune_ray.compress.run import version as compress_version
 from itune_ray.compress.speed import compare_speed
@@ -52,6 +50,9 @@ def check_compressible(points: Iterable[Point]) -> None:
         CompressError: In one line that names the values of the axes.
     """
     from transformers import AutoConfig
+
+    from itune_ray.compress.blocks import config_shape
+    from itune_ray.compress.methods.structured import kept_counts
 
     for job, values in {_identity(p.compress): (p.compress, p.axes) for p in points if p.compress}.values():
         config = AutoConfig.from_pretrained(

@@ -19,6 +19,7 @@ from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.added_tokens import embed_new_tokens
+from itune_ray.model.costs import ParameterReport
 from itune_ray.model.cpu import install_wide_products
 from itune_ray.model.documents import install_document_attention
 from itune_ray.model.images import check_positions, choose_trained
@@ -31,7 +32,7 @@ from itune_ray.model.load import (
     new_model,
 )
 from itune_ray.model.logprobs import install_fused_head
-from itune_ray.model.peft import ParameterReport, apply_peft, parameter_report, starts_by_name
+from itune_ray.model.peft import apply_peft, parameter_report, starts_by_name
 from itune_ray.model.peft.adalora import RankBudget
 from itune_ray.model.pooling import install_pooling
 from itune_ray.model.reward import initial_head, install_reward_head, reward_head

@@ -20,10 +20,10 @@ from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed
 from itune_ray.data.storage import Folder
 from itune_ray.errors import TrainError
+from itune_ray.model.costs import ParameterReport
 from itune_ray.model.cpu import keep_memory
 from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
-from itune_ray.model.peft import ParameterReport
 from itune_ray.train.build import Built, build_model, scalar
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.divergence import Divergence

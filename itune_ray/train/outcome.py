@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itune_ray.data.storage import Folder
-from itune_ray.model.peft import MatrixCost, ParameterReport
+from itune_ray.model.costs import MatrixCost, ParameterReport
 
 NAME = "outcome.json"
 

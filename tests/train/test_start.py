@@ -1,11 +1,15 @@
 """What the processes of a training load before they do anything: seconds of every start."""
 
 import gc
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
+from itune_ray import benchmarks
+from itune_ray.curate import filters
+from itune_ray.generate import recipes
 from itune_ray.imports import importing, uncollected
 
 PACKAGES = {"torch", "transformers", "transformers.modeling_utils", "transformers.processing_utils", "peft", "vllm"}
@@ -23,7 +27,19 @@ def test_the_controller_unpickles_a_training_without_torch():
 
 
 def test_rays_own_start_begins_before_torch_is_loaded():
-    assert loaded_by("itune_ray.cli", "itune_ray.train.run", "itune_ray.generate.run") == set()
+    stages = [f"itune_ray.{stage}.run" for stage in ("generate", "curate", "train", "compress", "evaluate", "report")]
+    assert loaded_by("itune_ray.cli", "itune_ray.sweep.run", *stages) == set()
+
+
+def test_an_eval_actor_and_a_sweep_trial_begin_without_torch():
+    assert loaded_by("itune_ray.evaluate.actor", "itune_ray.evaluate.ask", "itune_ray.sweep.trial") == set()
+
+
+@pytest.mark.parametrize("package", [recipes, filters, benchmarks], ids=lambda package: package.__name__)
+def test_what_workers_unpickle_loads_no_model_code(package):
+    assert (
+        loaded_by(*(module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))) == set()
+    )
 
 
 def test_the_driver_renders_rows_without_a_model():

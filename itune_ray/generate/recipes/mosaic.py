@@ -14,6 +14,7 @@ from itune_ray.generate.mosaic import Mosaic as Composed
 from itune_ray.generate.mosaic import Pair, group_size, grouped
 from itune_ray.generate.recipes.base import numbered, refused
 from itune_ray.generate.whole import Inputs, Made
+from itune_ray.model.render import model_renderer
 
 SOURCE = "mosaic"
 """First part of the keys of composed rows; the second counts them over all epochs."""
@@ -93,8 +94,6 @@ def token_counter(teacher: ServedModel | None) -> CountTokens:
     assert teacher is not None
     if isinstance(teacher.engine, FakeEngineConfig):
         return lambda text: len(text.split())
-    from itune_ray.model.render import model_renderer  # loads torch
-
     renderer = model_renderer(teacher.model)
     return lambda text: len(renderer.text_ids(text).input_ids)
 

@@ -6,6 +6,4 @@ from itune_ray.model.peft.apply import starts_by_name as starts_by_name
 from itune_ray.model.peft.names import ADAPTER as ADAPTER
 from itune_ray.model.peft.names import base_name as base_name
 from itune_ray.model.peft.names import saved_name as saved_name
-from itune_ray.model.peft.report import MatrixCost as MatrixCost
-from itune_ray.model.peft.report import ParameterReport as ParameterReport
 from itune_ray.model.peft.report import parameter_report as parameter_report
