@@ -77,6 +77,27 @@ def test_bf16_by_fp32_units_is_nearer_to_fp32_than_autocast_is(folder, wide):
         assert got < (bar if wide else 1.5 * bar)
 
 
+@pytest.mark.parametrize(
+    ("found", "products", "attention"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16, torch.float32),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32, torch.float32),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, torch.float32, torch.float32),
+        ({}, torch.float32, torch.float32),
+    ],
+)
+def test_what_a_cpu_is_decides_the_dtype(found, products, attention, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(cpu, "has_amx", cpu.has_amx.__wrapped__)
+    monkeypatch.setattr(cpu, "has_bf16_units", cpu.has_bf16_units.__wrapped__)
+    device = torch.device("cpu")
+    assert cpu.wide(device, torch.bfloat16) == (products == torch.float32)
+    assert cpu.short_in_fp32(device, torch.bfloat16) == (attention == torch.float32)
+    assert not cpu.wide(device, torch.float32)
+    assert not cpu.short_in_fp32(torch.device("meta"), torch.bfloat16)
+
+
 def test_documents_do_not_see_each_other(folder):
     model = load_model(folder, dtype=torch.float32, attention="sdpa")
     install_document_attention(model)
