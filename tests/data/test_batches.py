@@ -32,10 +32,20 @@ def test_no_rows_make_a_dummy_without_targets():
 def test_flat_layout_describes_documents_for_varlen_attention():
     batch = collate([row([5, 6, 7], [8]), row([9, 4])], pad_id=0, flat=True)
     inputs = model_inputs(batch, "varlen", torch.float32)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]]
-    assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
-    assert inputs["max_length_q"] == 3
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, *[0] * 26]]
+    assert batch.labels[0, 6:].eq(-100).all()
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 2, 2, *[-1] * 26]]
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 32]
+    assert inputs["max_length_q"] == 28
     assert inputs["cu_seq_lens_q"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("last", [[9, 4, 8], [9]])
+def test_padding_of_a_flat_row_begins_no_document_and_takes_no_new_position(last):
+    batch = collate([row([5, 6], last)], pad_id=0, flat=True)
+    padding = batch.position_ids[0, 2 + len(last) :]
+    assert len(padding) == 32 - 2 - len(last)
+    assert set(padding.tolist()) == {max(1, len(last) - 1)}
 
 
 @pytest.fixture(scope="module")
