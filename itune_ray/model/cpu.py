@@ -1,7 +1,7 @@
 """bfloat16 training on CPUs, many of which multiply it slower than float32.
 
 CPUs with AMX have units for products of bf16 matrices, and AMD's with AVX-512 BF16 (480 against 110 GFLOP/s a thread);
-others reach half of what they do in fp32, Intel's AVX-512 BF16 among them (81 against 155). There, products are taken
+others reach half of what they do in fp32, even some with AVX-512 BF16 (81 against 155). There, products are taken
 by fp32 units: between layers everything is rounded to bf16 as under autocast, while fp32 master weights, their
 gradients and all sums are not rounded, so that a result is at least as exact as by bf16 units.
 """

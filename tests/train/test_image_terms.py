@@ -142,7 +142,7 @@ def test_answers_as_likely_with_either_image_count_log_2_and_pull_both_ways():
     log_probs = torch.tensor([-1.5, -0.25, -1.5, -0.25], requires_grad=True)
     loss = ImageText(SftConfig(fusion=0.5))(TokenScores(log_probs, torch.zeros(4)), batch)
     assert loss.terms["fusion"].item() == pytest.approx(math.log(2), rel=1e-12)
-    assert loss.metrics["match_accuracy"].total.item() == 0.5
+    assert float(loss.metrics["match_accuracy"].total) == 0.5
     loss.terms["fusion"].backward()
     assert log_probs.grad is not None
     assert log_probs.grad.tolist() == [-0.5, -0.5, 0.5, 0.5]
