@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from itune_ray.errors import ModelError
-from itune_ray.model.cpu import compute_dtype, short_in_fp32
+from itune_ray.model.cpu import compute_dtype, short_in_fp32, wide
 
 BY_DOCUMENT = "itune_documents"
 """Of this attention among transformers' own."""
@@ -41,7 +41,8 @@ def attend_by_document(
     with torch.autocast(value.device.type, enabled=False):
         parts = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*split, strict=True)]
         out = torch.cat(parts, 1)
-        return out if getattr(module, "unrounded", False) else out.to(dtype), None
+        kept = getattr(module, "unrounded", False) and wide(value.device, dtype)
+        return out if kept else out.to(dtype), None
 
 
 def install_document_attention(model: Any) -> None:

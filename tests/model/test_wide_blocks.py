@@ -108,9 +108,12 @@ def test_nearer_to_fp32_than_rounding_between_products(family):
     assert (found_logits - logits).norm() < (rounded_logits - logits).norm()
 
 
+@pytest.mark.parametrize("units", [False, True], ids=["fp32 units", "bf16 units"])
 @pytest.mark.parametrize("family", [*KNOWN, *OTHERS])
-def test_bf16_weights_without_autocast(family):
+def test_bf16_weights_without_autocast(family, units, monkeypatch):
     """As fsdp2 runs them: whatever reaches a product must have its weight's dtype."""
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
     model = random_model(family).bfloat16()
     exact = copy.deepcopy(model).float()
     found_logits, found = logits_and_gradients(with_blocks(model))
