@@ -28,8 +28,8 @@ IGNORED = -100
 WIDTH_MULTIPLE = 8
 """Widths are rounded up, since each new shape costs a kernel look-up."""
 FLAT_MULTIPLE = 32
-"""The same for a flat row, which is nearly full: bf16 products on a CPU compile a kernel for each new shape, 2 % of a
-step of four rows of 1,024 tokens."""
+"""The same for a flat row; packed ones are nearly full. Products in bf16 on a CPU compile a kernel for each new shape,
+2 % of a step of four rows of 1,024 tokens."""
 Masking = Literal["mask_4d", "mask_4d_if_packed", "positions", "varlen"]
 """How a model keeps documents apart; see the module docstring."""
 
@@ -80,7 +80,7 @@ class Batch:
 def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch:
     """Rows to one batch, padded on the right; `flat` lays all rows end to end in one row instead.
 
-    No rows give a dummy of two padding tokens with no target: a rank that has run out of rows still takes part in
+    No rows give a dummy of padding with no target: a rank that has run out of rows still takes part in
     every forward and backward, since the others wait for it in collectives.
     """
     if flat and len(rows) > 1:
@@ -105,6 +105,8 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
             positions[b, length:] = max(1, row.lengths[-1] - 1)  # 0 would begin a document, a higher one may not exist
         elif len(row.lengths) > 1:
             positions[b, length:] = np.arange(width - length)
+    if not rows:
+        positions = positions.clip(max=1)
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),

@@ -34,10 +34,15 @@ def wide(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and not has_bf16_units()
 
 
-def short_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention over short documents is faster in fp32: bf16 on a CPU without AMX, for the kernel converts its
-    blocks there (39 ms against 22 for four rows of 1,024 tokens with bf16 units)."""
-    return wide(device, dtype) or (dtype == torch.bfloat16 and device.type == "cpu" and not has_amx())
+SHORT = 256
+"""Tokens of a document below which attention over it in bf16 is slower than in fp32 on a CPU without AMX, since the
+kernel converts its blocks there."""
+
+
+def attention_dtype(device: torch.device, dtype: torch.dtype, mean_length: float) -> torch.dtype:
+    """What attention over documents of that mean length is computed in, where their projections are in dtype."""
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not has_amx() and mean_length < SHORT
+    return torch.float32 if slow or wide(device, dtype) else dtype
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

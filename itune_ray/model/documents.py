@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from itune_ray.errors import ModelError
-from itune_ray.model.cpu import compute_dtype, short_in_fp32, wide
+from itune_ray.model.cpu import attention_dtype, compute_dtype, wide
 
 BY_DOCUMENT = "itune_documents"
 """Of this attention among transformers' own."""
@@ -36,7 +36,7 @@ def attend_by_document(
         raise ModelError("attention by document needs the documents' lengths and no mask", knob="model.attention")
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
     dtype = compute_dtype(value)
-    inside = torch.float32 if short_in_fp32(value.device, dtype) else dtype
+    inside = attention_dtype(value.device, dtype, sum(lengths) / len(lengths))
     split = [tensor.to(inside).split(lengths, 2) for tensor in (query, key, value)]
     with torch.autocast(value.device.type, enabled=False):
         parts = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*split, strict=True)]

@@ -23,9 +23,11 @@ def test_labels_positions_and_documents():
     assert batch.num_supervised == 3
 
 
-def test_no_rows_make_a_dummy_without_targets():
-    batch = collate([], pad_id=0)
+@pytest.mark.parametrize("flat", [True, False])
+def test_no_rows_make_a_dummy_without_targets(flat):
+    batch = collate([], pad_id=0, flat=flat)
     assert batch.input_ids.shape[0] == 1
+    assert batch.position_ids.max() == 1
     assert batch.num_supervised == 0
 
 

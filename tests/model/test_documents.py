@@ -25,10 +25,11 @@ def folder(tmp_path_factory):
     return str(tiny.llama(tmp_path_factory.mktemp("model")))
 
 
-@pytest.fixture(params=[True, False], ids=["wide", "bf16 units"])
+@pytest.fixture(params=["wide", "bf16 units", "amx"])
 def wide(request, monkeypatch):
-    monkeypatch.setattr(cpu, "has_bf16_units", lambda: not request.param)
-    return request.param
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: request.param != "wide")
+    monkeypatch.setattr(cpu, "has_amx", lambda: request.param == "amx")
+    return request.param == "wide"
 
 
 def rows(first=3):
@@ -93,9 +94,10 @@ def test_what_a_cpu_is_decides_the_dtype(found, products, attention, monkeypatch
     monkeypatch.setattr(cpu, "has_bf16_units", cpu.has_bf16_units.__wrapped__)
     device = torch.device("cpu")
     assert cpu.wide(device, torch.bfloat16) == (products == torch.float32)
-    assert cpu.short_in_fp32(device, torch.bfloat16) == (attention == torch.float32)
+    assert cpu.attention_dtype(device, torch.bfloat16, cpu.SHORT - 1) == attention
+    assert cpu.attention_dtype(device, torch.bfloat16, cpu.SHORT) == products
     assert not cpu.wide(device, torch.float32)
-    assert not cpu.short_in_fp32(torch.device("meta"), torch.bfloat16)
+    assert cpu.attention_dtype(torch.device("meta"), torch.bfloat16, 1) == torch.bfloat16
 
 
 def test_documents_do_not_see_each_other(folder):
