@@ -17,6 +17,7 @@ from itune_ray.config.trackers import MlflowTracker, TensorboardTracker, Tracker
 from itune_ray.data.storage import Folder
 from itune_ray.errors import ConfigError
 from itune_ray.train.metrics import read_metrics
+from itune_ray.train.wandb_file import wait_for_end
 
 log = logging.getLogger(__name__)
 Numbers = dict[str, float]
@@ -28,6 +29,8 @@ KEYS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Environment variables whose values are never repeated."""
 TENSORBOARD = "tensorboard"
 """Folder of the event files in a stage."""
+WANDB_END_S = 60.0
+"""How long W&B's service may take to write the end of an offline run."""
 LOSS = "loss"
 """A number that every row has."""
 
@@ -238,10 +241,14 @@ class _Wandb:
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
-        if self._target is not None and self._scratch is not None:
-            if _offline():
-                _copy(Path(self._scratch.name), self._target)
-            self._scratch.cleanup()
+        try:
+            if self._run.offline:
+                wait_for_end(Path(self._run.settings.sync_file), WANDB_END_S)
+        finally:
+            if self._target is not None and self._scratch is not None:
+                if self._run.offline:
+                    _copy(Path(self._scratch.name), self._target)
+                self._scratch.cleanup()
 
 
 def _copy(source: Path, target: Folder) -> None:

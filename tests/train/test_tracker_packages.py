@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter
 from itune_ray.config.trackers import TrackerConfig
 from itune_ray.data.storage import Folder
 from itune_ray.train.trackers import Tracked, numbers, open_trackers
+from itune_ray.train.wandb_file import has_end, wait_for_end
 
 STEPS = 7
 KILLED, CHECKPOINT, TOLD = 5, 3, 4
@@ -144,6 +146,28 @@ def test_wandb_offline_has_the_whole_run_in_its_newest_folder(tmp_path, wandb):
     assert config["seed"] == 0
     assert config["model"] == {"path": "m"}
     assert found == WANTED
+
+
+def test_an_offline_file_is_waited_for_until_the_end_is_in_it(tmp_path, wandb):
+    tracked = opened(Folder.at(tmp_path), [], type="wandb", project="p")
+    for row in rows_of(1, STEPS):
+        tracked.log(row)
+    tracked.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    data = file.read_bytes()
+    end = next(size for size in range(len(data) + 1) if has_end(data[:size]))
+    assert end > 0.9 * len(data)
+    late = tmp_path / "late.wandb"
+    with pytest.raises(TimeoutError, match=r"late\.wandb in 0 s"):
+        wait_for_end(late, 0.1)
+    late.write_bytes(data[: end - 1])
+    with pytest.raises(TimeoutError, match="end of the run"):
+        wait_for_end(late, 0.1)
+    writer = threading.Timer(0.3, late.write_bytes, [data])
+    writer.start()
+    wait_for_end(late, 30.0)
+    assert not writer.is_alive() or late.read_bytes() == data
+    writer.join()
 
 
 def test_wandb_files_of_a_stage_on_an_object_store_are_copied_there(tmp_path, wandb):
