@@ -10,10 +10,8 @@ import math
 import multiprocessing
 import os
 import signal
-import struct
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from pydantic import TypeAdapter
 from itune_ray.config.trackers import TrackerConfig
 from itune_ray.data.storage import Folder
 from itune_ray.train.trackers import Tracked, numbers, open_trackers
-from itune_ray.train.wandb_file import has_end, wait_for_end
+from itune_ray.train.wandb_file import has_end, records, wait_for_end
 
 STEPS = 7
 KILLED, CHECKPOINT, TOLD = 5, 3, 4
@@ -93,33 +91,14 @@ def wandb(monkeypatch):
     package.teardown()
 
 
-BLOCK, HEADER = 32768, 7
-"""Bytes of a block of the file, of its own header, and of that of each piece in it."""
-
-
-def records_in(data: bytes) -> Iterator[bytes]:
-    """The records of an offline run's file, which is a LevelDB log: in blocks, pieces with a checksum, a length and
-    whether they are whole (1) or the first (2), a middle (3) or the last (4) of a record."""
-    assert data[:4] == b":W&B"
-    at, record = HEADER, b""
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        record += data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
 def read_wandb(file: Path) -> tuple[str, dict[str, Any], dict[int, dict[str, float]], bool]:
     """(run id, its settings, numbers by step, whether it ended) of an offline run's file, by the package's messages."""
     from wandb.proto import wandb_internal_pb2
 
     ended, run, config, found = False, "", dict[str, Any](), dict[int, dict[str, float]]()
-    for data in records_in(file.read_bytes()):
+    whole = file.read_bytes()
+    assert whole[:4] == b":W&B"
+    for data in records(whole):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
