@@ -44,13 +44,15 @@ def wandb(monkeypatch):
         module.runs.append(made)
         return types.SimpleNamespace(
             step=0,
+            offline=False,
             log=lambda values, step: made["steps"].append((step, values)),
             finish=lambda exit_code: made.update(ended=True),
         )
 
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "no key of anyone")
     return module
 
 
