@@ -71,7 +71,7 @@ class Backend(Protocol):
 
 
 class InProcessBackend:
-    """`LLMEngine` stepped by a thread of this process."""
+    """`LLMEngine` stepped by the event loop that asks it."""
 
     scores_under_adapters = True
 

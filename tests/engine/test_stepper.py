@@ -1,4 +1,4 @@
-"""The stepping thread on a scripted engine: batching, refusals, cancellation, death."""
+"""The stepping task on a scripted engine: batching, refusals, cancellation, death."""
 
 import asyncio
 import threading
@@ -23,8 +23,6 @@ class Scripted:
         self.left: dict[str, int] = {}
         self.batches: list[int] = []
         self.threads: set[str] = set()
-        self.go = threading.Event()
-        self.go.set()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.left)
@@ -40,7 +38,6 @@ class Scripted:
             self.left.pop(name, None)
 
     def step(self) -> list[Output]:
-        self.go.wait(5)
         self.threads.add(threading.current_thread().name)
         self.batches.append(len(self.left))
         if any(steps == 666 for steps in self.left.values()):
@@ -68,16 +65,73 @@ def test_requests_join_the_running_batch(scripted):
     engine, stepper = scripted
 
     async def main():
-        engine.go.clear()
-        tasks = [asyncio.ensure_future(stepper.complete(3 + i, None)) for i in range(5)]
-        await asyncio.sleep(0.05)
-        engine.go.set()
-        outputs = await asyncio.gather(*tasks)
+        first = asyncio.ensure_future(stepper.complete(100, None))
+        while stepper.steps < 10:
+            await asyncio.sleep(0)
+        outputs = await asyncio.gather(first, *(stepper.complete(3 + i, None) for i in range(4)))
         assert len({output.request_id for output in outputs}) == 5
 
     run(main())
+    assert engine.batches[:10] == [1] * 10
     assert max(engine.batches) == 5
-    assert engine.threads == {"vllm-step"}, "the engine is not thread-safe"
+    assert len(engine.batches) == stepper.steps == 100, "it steps only while there is something to do"
+    assert len(engine.threads) == 1, "the engine is not thread-safe"
+
+
+def test_an_answer_and_what_its_caller_asks_next_take_one_step_each(scripted):
+    engine, stepper = scripted
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            await asyncio.shield(asyncio.ensure_future(asyncio.wait_for(stepper.complete(1, None), 5)))
+
+    run(ask(4))
+    assert engine.batches == [1] * 4
+    run(ask(4))  # on another loop
+    assert len(engine.batches) == 8
+
+
+def test_an_answer_that_comes_with_its_cancellation_is_nobodys(scripted, monkeypatch):
+    engine, stepper = scripted
+    step = engine.step
+
+    async def main():
+        tasks = [asyncio.ensure_future(stepper.complete(2, None)) for _ in range(2)]
+
+        def cancelled_while_stepping():
+            if engine.batches:
+                tasks[0].cancel()
+            return step()
+
+        monkeypatch.setattr(engine, "step", cancelled_while_stepping)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    cancelled, finished = run(main())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert finished.finished
+
+
+def test_closing_waits_for_the_step_it_is_in(scripted):
+    engine, stepper = scripted
+    step, closer, waited = engine.step, threading.Thread(target=stepper.close), []
+
+    def closed_while_stepping():
+        closer.start()
+        closer.join(0.05)
+        waited.append(closer.is_alive())
+        return step()
+
+    async def main():
+        engine.step = closed_while_stepping
+        asked = asyncio.ensure_future(stepper.complete(10**9, None))
+        while not waited:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        asked.cancel()
+
+    run(main())
+    closer.join(5)
+    assert (waited, closer.is_alive(), stepper.steps) == ([True], False, 1)
 
 
 def test_a_refused_request_fails_alone(scripted):
