@@ -73,6 +73,7 @@ def _task(bench: TrainBench, method: Method, inputs: Inputs, steps: int) -> Task
         threads=bench.threads,
         steps=steps,
         precision=bench.precision,
+        compile=bench.compile,
     )
 
 

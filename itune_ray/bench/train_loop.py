@@ -32,6 +32,7 @@ def train_job(task: Task, **overrides: Any) -> TrainJob:
         "max_length": per_row // 2 if task.method == "dpo" else per_row,
         "pack_length": per_row,
         "micro_batch": task.micro_batch,
+        "compile": task.compile,
         "workers": {"num": 1, "torch_threads": task.threads},
         "checkpoint": {"every_steps": 1_000_000, "keep": 1},
         **overrides,

@@ -42,6 +42,8 @@ class Task:
     steps: int
     """The most steps that will be asked for."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    """Our side's layers."""
 
     @classmethod
     def read(cls, file: str) -> Self:

@@ -41,6 +41,8 @@ class TrainBench(Schema):
     rank: Positive = 16
     """Of the LoRA adapter."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    """Compile our side's layers, before the turns; see `TrainJob.compile`."""
     threads: Positive = 2
     """Of each side, one of which works at a time."""
     rounds: Positive = 3

@@ -123,6 +123,8 @@ class ValidationConfig(Schema):
     """Score so often; the start and the end are always scored."""
 
 
+COMPILED = ("full", "lora", "rslora", "dora")
+"""Methods whose layers can be compiled."""
 _UNSET_BY_DEFAULT = frozenset({"router_loss", "images"})
 """Fields of `TrainJob` that are no part of its identity while they are unset."""
 
@@ -136,6 +138,7 @@ class TrainJob(Job):
         "checkpoint",
         "log_every",
         "gradient_checkpointing",
+        "compile",
         "gate",
         "trackers",
         "divergence",
@@ -178,6 +181,9 @@ class TrainJob(Job):
     counts take a forward pass of their own per step; 0 leaves the loss out."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the decoder layers before the first step, once per run and in seconds. Needs a C++ compiler where it
+    runs. A CPU without units for bf16 leaves it out under bf16, for which there is faster code of our own."""
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     gate: GateConfig | None = GateConfig()
@@ -193,6 +199,14 @@ class TrainJob(Job):
     def identity(self) -> Tree:
         """As for every schema; what is left unset decides nothing."""
         return {k: v for k, v in super().identity().items() if v is not None or k not in _UNSET_BY_DEFAULT}
+
+    def _not_compiled(self) -> str | None:
+        """What of the job stands against `compile`."""
+        if self.images is not None:
+            return "images"
+        if self.strategy.type == "deepspeed":
+            return "strategy deepspeed"
+        return None if self.model.peft.name in COMPILED else f"method {self.model.peft.name}"
 
     @property
     def pack_capacity(self) -> int:
@@ -267,6 +281,10 @@ class TrainJob(Job):
             raise ValueError(
                 "method l_tuning and objective classify need each other: set model.peft.type=l_tuning and "
                 f"objective.type=classify; got {self.model.peft.type} and {self.objective.type}"
+            )
+        if self.compile and (reason := self._not_compiled()) is not None:
+            raise ValueError(
+                f"compile=true is for text, with strategy ddp or fsdp2 and method {', '.join(COMPILED)}; got {reason}"
             )
         if self.gradient_checkpointing and self.model.peft.name in CACHED:
             raise ValueError(

@@ -77,7 +77,7 @@ class Batch:
         return replace(self, **moved, columns=columns)
 
 
-def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch:
+def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False, at_least: int = 2) -> Batch:
     """Rows to one batch, padded on the right; `flat` lays all rows end to end in one row instead.
 
     No rows give a dummy of padding with no target: a rank that has run out of rows still takes part in
@@ -85,7 +85,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False) -> Batch
     """
     if flat and len(rows) > 1:
         rows = [join(rows)]
-    width = max((len(row.input_ids) for row in rows), default=2)
+    width = max([at_least, *(len(row.input_ids) for row in rows)])
     multiple = FLAT_MULTIPLE if flat else WIDTH_MULTIPLE
     width = -(-width // multiple) * multiple
     shape = (max(len(rows), 1), width)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from itune_ray.errors import ModelError
@@ -34,6 +35,8 @@ CUDA_CHUNK_ELEMENTS = 2**27
 """The same on a GPU, 512 MiB: every chunk adds to the head's whole gradient in fp32, 1 GiB read and written at
 V = 128,256; with small ones that is most of the time (170 ms for 8,192 tokens on an H100 against 34 ms dense)."""
 
+ROW_MULTIPLE = 32
+"""Scored positions are filled up to it on a CPU, which compiles a kernel for each new shape of its products in bf16."""
 WIDENED_ELEMENTS = 2**22
 """Of a bf16 head that are widened to fp32 at a time: 16 MiB."""
 
@@ -129,8 +132,13 @@ def score_tokens(
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        count, missing = len(hidden), 0 if hidden.is_cuda else -len(hidden) % ROW_MULTIPLE
+        if missing:
+            hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
+            ids = None if ids is None else pad(ids, (0, 0, 0, missing))
         scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids)
-        return TokenScores(*scored)
+        # Copied, since FSDP2 hangs its backward on what a model returns, and a view would lose that in place.
+        return TokenScores(*(s if s is None or not missing else s[:count].clone() for s in scored))
     return _score_by_module(hidden, targets, head, transform, ids)
 
 

@@ -19,8 +19,9 @@ from itune_ray.data.hub import local_model_folder, resolve
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.added_tokens import embed_new_tokens
+from itune_ray.model.compiled import compile_layers
 from itune_ray.model.costs import ParameterReport
-from itune_ray.model.cpu import install_wide_products
+from itune_ray.model.cpu import install_wide_products, wide
 from itune_ray.model.documents import install_document_attention
 from itune_ray.model.images import check_positions, choose_trained
 from itune_ray.model.load import (
@@ -60,6 +61,8 @@ class Built:
     """AdaLoRA's, which takes part in every step."""
     router_weight: float = 0.0
     """Of the load-balancing loss, for a mixture of experts."""
+    compiled: bool = False
+    """Whether its layers are compiled when they are first called."""
 
 
 def _new_tokens(model: TrainedModel) -> list[str]:
@@ -107,9 +110,14 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         install_document_attention(model)
         masking = masking_for(model)
     adapted = apply_peft(model, job.model.peft, tokenizer, job.seed)
-    install_wide_products(adapted)
-    if job.model.peft.type == "full":
-        install_wide_blocks(adapted)
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    compiled = job.compile and not wide(world.device, dtype)
+    if compiled:
+        _compile(adapted, router_weight)
+    else:
+        install_wide_products(adapted)
+        if job.model.peft.type == "full":
+            install_wide_blocks(adapted)
     if job.images is not None:
         check_positions(model)
         if job.model.peft.type == "full":
@@ -128,8 +136,17 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         fill_from_folder(placed, folder, seed=job.seed)
     if adapter is not None:
         fill_from_adapter(placed, adapter)
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    return Built(placed.train(), masking, dtype, report, folder, budget, router_weight)
+    return Built(placed.train(), masking, dtype, report, folder, budget, router_weight, compiled)
+
+
+def _compile(model: nn.Module, router_weight: float) -> None:
+    if router_weight:
+        raise TrainError(
+            "the layers of a mixture of experts cannot be compiled: which tokens an expert gets is known as it runs",
+            allowed="compile=false",
+            knob="compile",
+        )
+    compile_layers(model)
 
 
 def _base_model(

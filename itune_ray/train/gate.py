@@ -114,7 +114,8 @@ def trained_twin(job: TrainJob, model: nn.Module, tokenizer: PreTrainedTokenizer
 
 def _twin(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> Twin:
     model = job.model.model_copy(update={"attention": "eager"})
-    alone = job.model_copy(update={"model": model, "precision": "fp32", "gradient_checkpointing": False})
+    plain = {"gradient_checkpointing": False, "compile": False}
+    alone = job.model_copy(update={"model": model, "precision": "fp32", **plain})
     built = build_model(alone, tokenizer, Ddp(DdpConfig(), World(), "fp32"), World())
     shown = shown_for(job, torch.device("cpu"), torch.float32)
     return Twin(built.model.eval(), built.masking, pad_id(tokenizer), shown)

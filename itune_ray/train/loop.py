@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.train import TrainJob
-from itune_ray.data.batches import Batch
+from itune_ray.data.batches import Batch, collate
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed
 from itune_ray.data.storage import Folder
@@ -26,6 +26,7 @@ from itune_ray.model.export import export_trained, write_adapter
 from itune_ray.model.load import pad_id
 from itune_ray.train.build import Built, build_model, scalar
 from itune_ray.train.checkpoint import Checkpoints
+from itune_ray.train.compiling import compile_ahead
 from itune_ray.train.divergence import Divergence
 from itune_ray.train.gate import check_written, gate_documents, trained_twin
 from itune_ray.train.metrics import MetricsLog
@@ -126,6 +127,8 @@ def train_rank(
         shown_for(job, world.device, built.dtype),
         built.router_weight,
     )
+    if built.compiled:
+        compile_ahead(stepper, collate([], pad_id(tokenizer), built.masking == "varlen", at_least=job.pack_capacity))
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
     held_out = None

@@ -121,6 +121,15 @@ class Stepper:
             inputs["router_tokens"] = batch.segments >= 0
         return self.model(**inputs, labels=batch.labels, token_scores=True, **self.objective.head_inputs(batch))
 
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward of a micro-batch without a step. Collective."""
+        with self.strategy.forward_context(last=True):
+            moved = batch.to(self.world.device)
+            loss = self.objective(self.scores(moved), moved)
+            self.strategy.backward(self._scaled(loss, dict.fromkeys(self.objective.coefficients, 1.0)))
+        for parameter in self.optimizers.parameters():
+            parameter.grad = None
+
     def _scaled(self, loss: Loss, units: dict[str, float]) -> torch.Tensor:
         terms = [c * loss.terms[term] / units[term] for term, c in self.objective.coefficients.items()]
         return torch.stack(terms).sum() * self.strategy.gradient_divisor

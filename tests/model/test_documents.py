@@ -7,13 +7,14 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from itune_ray.data.batches import collate, model_inputs
 from itune_ray.data.order import PackedRow
 from itune_ray.errors import ModelError
-from itune_ray.model import cpu
+from itune_ray.model import cpu, documents
 from itune_ray.model.cpu import install_wide_products
-from itune_ray.model.documents import BY_DOCUMENT, install_document_attention
+from itune_ray.model.documents import BY_DOCUMENT, attend_by_document, install_document_attention
 from itune_ray.model.load import load_model, masking_for
 from itune_ray.model.logprobs import install_fused_head
 
@@ -64,6 +65,57 @@ def test_by_document_equals_the_masked_row(folder):
     torch.testing.assert_close(apart, masked, rtol=1e-5, atol=1e-5)
     for name, grad in masked_grads.items():
         torch.testing.assert_close(apart_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_long_documents_take_torchs_kernel_and_give_the_same(folder, monkeypatch):
+    taken = []
+    apply = documents._ShortDocuments.apply
+    monkeypatch.setattr(documents._ShortDocuments, "apply", lambda *given: (taken.append(1), apply(*given))[1])
+    short = masked_and_by_document(folder, bf16=False)[1]
+    assert taken
+    taken.clear()
+    monkeypatch.setattr(documents, "SHORT", max(LENGTHS) - 1)
+    long = masked_and_by_document(folder, bf16=False)[1]
+    assert not taken
+    torch.testing.assert_close(long[0], short[0], rtol=1e-5, atol=1e-5)
+    for name, grad in short[1].items():
+        torch.testing.assert_close(long[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("asked", [{"dropout": 0.5}, {"is_causal": False}])
+def test_what_is_not_plain_attention_is_left_to_torch(asked):
+    module = nn.Module().train()
+    module.num_key_value_groups = 2
+    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    plain = attend_by_document(module, q, k, v, None, ends)[0]
+    torch.manual_seed(0)
+    other = attend_by_document(module, q, k, v, None, ends, **asked)[0]
+    torch.manual_seed(0)
+    parts = [
+        sdpa_attention_forward(module, *(t[:, :, a:b] for t in (q, k, v)), None, **asked)[0]
+        for a, b in ((0, 5), (5, 12))
+    ]
+    torch.testing.assert_close(other, torch.cat(parts, 1))
+    assert not torch.allclose(other, plain)
+
+
+def test_its_gradient_is_that_of_its_formula(monkeypatch):
+    """Not what autocast would make of the backward pass; in fp64 against torch's derivative of softmax(q kᵀ) v."""
+    tensors = [torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (6, 2, 2)]
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    module = nn.Module()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend_by_document(module, *(t * 1.0 for t in tensors), None, ends)[0].float()
+        (out**2).sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    q, k, v = exact[0], *(t.repeat_interleave(3, 1) for t in exact[1:])
+    causal = torch.block_diag(*(torch.ones(n, n, dtype=torch.double).tril() for n in (5, 7))).log()
+    expected = (((q @ k.mT) * 8**-0.5 + causal).softmax(-1) @ v).transpose(1, 2)
+    expected.backward(2 * out.detach().double().to(torch.bfloat16).double())
+    torch.testing.assert_close(out, expected.float(), rtol=1e-2, atol=1e-2)
+    for got, want in zip(tensors, exact, strict=True):
+        torch.testing.assert_close(got.grad, want.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_by_fp32_units_is_nearer_to_fp32_than_autocast_is(folder, wide):

@@ -50,7 +50,9 @@ class Ddp:
         return self._model.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        """Each gradient in the dtypes of its forward, not in what autocast would choose anew."""
+        with torch.autocast(self._world.device.type, enabled=False):
+            loss.backward()
 
     def step(self, optimizers: Optimizers, clip_norm: float | None) -> float:
         norm = clip_gradients(optimizers.parameters(), clip_norm)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from itune_ray.config.optimizer import OptimizerConfig
 from itune_ray.config.strategies import Fsdp2Config
 from itune_ray.errors import TrainError
+from itune_ray.model.compiled import decoder_layers
 from itune_ray.model.load import parameters_on_meta
 from itune_ray.train.optimizer import Optimizers, build_optimizers
 from itune_ray.train.strategies.base import clip_gradients, load_torch_state, materialise, torch_state
@@ -49,7 +50,7 @@ class Fsdp2:
         """Decoder layers first, then the root, which takes what is left: embeddings, final norm and head."""
         if not any(p.is_meta for p in model.parameters()):
             model = model.to(self._world.device)
-        for layer in _decoder_layers(model):
+        for layer in decoder_layers(model):
             reshard = self._config.reshard_after_forward
             fully_shard(layer, mesh=self._mesh, mp_policy=self._policy, reshard_after_forward=reshard)
         self._root = fully_shard(model, mesh=self._mesh, mp_policy=self._policy)
@@ -78,12 +79,6 @@ class Fsdp2:
 
     def load_state(self, model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
         load_torch_state(model, optimizers, state)
-
-
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks transformers itself declares indivisible: no list of model names is needed."""
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _mesh(config: Fsdp2Config, world: World) -> DeviceMesh | None:
