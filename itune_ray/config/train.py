@@ -183,7 +183,8 @@ class TrainJob(Job):
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile the decoder layers before the first step, once per run and in seconds. Needs a C++ compiler where it
-    runs. A CPU without units for bf16 leaves it out under bf16, for which there is faster code of our own."""
+    runs. A CPU without units for bf16 leaves it out under bf16, for which there is faster code of our own. A resumed
+    run is the same to the bit where rows are laid end to end (CPU, or flash attention), else to rounding."""
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     gate: GateConfig | None = GateConfig()
@@ -212,6 +213,11 @@ class TrainJob(Job):
     def pack_capacity(self) -> int:
         """Tokens of one packed row."""
         return self.pack_length or self.longest_document
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of one forward pass."""
+        return self.micro_batch * self.pack_capacity
 
     @property
     def longest_document(self) -> int:

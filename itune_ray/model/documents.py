@@ -43,7 +43,13 @@ def attend_by_document(
     kept = getattr(module, "unrounded", False) and wide(value.device, dtype)
     written = inside if kept else dtype
     with torch.autocast(value.device.type, enabled=False):
-        if inside == torch.float32 and max(lengths) <= SHORT and _plain(module, **kwargs):
+        shapes = query.shape[-1], key.shape[-1], value.shape[-1]
+        if (
+            inside == torch.float32
+            and len(set(shapes)) == 1
+            and _short(lengths, shapes[0])
+            and _plain(module, **kwargs)
+        ):
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             out: Any = _ShortDocuments.apply(query, key, value, lengths, scale, written)
             return out, None
@@ -52,9 +58,17 @@ def attend_by_document(
         return torch.cat(parts, 1).to(written), None
 
 
-def _plain(module: nn.Module, dropout: float = 0.0, is_causal: bool | None = None, **_: Any) -> bool:
+def _short(lengths: list[int], width: int) -> bool:
+    """Whether all P of a head together are no larger than twice its queries, of which each has that width."""
+    return max(lengths) <= SHORT and sum(n * n for n in lengths) <= 2 * width * sum(lengths)
+
+
+def _plain(
+    module: nn.Module, dropout: float = 0.0, is_causal: bool | None = None, position_bias: object = None, **_: Any
+) -> bool:
     """Whether nothing is asked for but causal attention, as transformers' own reads its arguments."""
-    return dropout == 0 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return causal and dropout == 0 and position_bias is None
 
 
 @cache
@@ -130,5 +144,6 @@ def _places(lengths: list[int], repeats: int) -> list[tuple[slice, slice]]:
 
 def install_document_attention(model: Any) -> None:
     """Let the model attend by document; its inputs are then those of `varlen` masking alone."""
-    ALL_ATTENTION_FUNCTIONS.register(BY_DOCUMENT, attend_by_document)
+    if BY_DOCUMENT not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # else as `compiled` has left it
+        ALL_ATTENTION_FUNCTIONS.register(BY_DOCUMENT, attend_by_document)
     model.config.get_text_config()._attn_implementation = BY_DOCUMENT

@@ -138,7 +138,8 @@ def score_tokens(
             ids = None if ids is None else pad(ids, (0, 0, 0, missing))
         scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids)
         # Copied, since FSDP2 hangs its backward on what a model returns, and a view would lose that in place.
-        return TokenScores(*(s if s is None or not missing else s[:count].clone() for s in scored))
+        scores: Any = (s if s is None or not missing else s[:count].clone() for s in scored)
+        return TokenScores(*scores)
     return _score_by_module(hidden, targets, head, transform, ids)
 
 

@@ -113,7 +113,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     compiled = job.compile and not wide(world.device, dtype)
     if compiled:
-        _compile(adapted, router_weight)
+        compile_layers(adapted, job.pass_tokens)
     else:
         install_wide_products(adapted)
         if job.model.peft.type == "full":
@@ -137,16 +137,6 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
     if adapter is not None:
         fill_from_adapter(placed, adapter)
     return Built(placed.train(), masking, dtype, report, folder, budget, router_weight, compiled)
-
-
-def _compile(model: nn.Module, router_weight: float) -> None:
-    if router_weight:
-        raise TrainError(
-            "the layers of a mixture of experts cannot be compiled: which tokens an expert gets is known as it runs",
-            allowed="compile=false",
-            knob="compile",
-        )
-    compile_layers(model)
 
 
 def _base_model(

@@ -6,8 +6,8 @@ from itune_ray.train.step import Stepper
 
 
 def compile_ahead(stepper: Stepper, batch: Batch) -> None:
-    """Pass a dummy as wide as rows get through the model, so that a run and its resumption compile for the same sizes,
-    whichever row they meet first. Collective.
+    """Pass a dummy as wide as batches get through the model, so that a run and its resumption compile for the same
+    sizes, whichever row they meet first. Collective.
 
     Raises:
         TrainError: The layers cannot be compiled, or there is no compiler.

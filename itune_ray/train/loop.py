@@ -128,7 +128,9 @@ def train_rank(
         built.router_weight,
     )
     if built.compiled:
-        compile_ahead(stepper, collate([], pad_id(tokenizer), built.masking == "varlen", at_least=job.pack_capacity))
+        flat = built.masking == "varlen"
+        widest = job.pass_tokens if flat else job.pack_capacity
+        compile_ahead(stepper, collate([], pad_id(tokenizer), flat, at_least=widest))
     checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
     rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
     held_out = None

@@ -8,6 +8,7 @@ import pytest
 
 from itune_ray.engine.base import EngineDiedError
 from itune_ray.engine.stepper import Stepper
+from itune_ray.errors import GenerationError
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Scripted:
     def add_request(self, name, prompt, params, lora_request=None) -> None:
         self.threads.add(threading.current_thread().name)
         if prompt < 0:
+            self.left[name] = 10**9  # noted before it is refused, as vLLM does
             raise ValueError("negative prompt")
         self.left[name] = prompt
 
@@ -126,8 +128,11 @@ def test_closing_waits_for_the_step_it_is_in(scripted):
         asked = asyncio.ensure_future(stepper.complete(10**9, None))
         while not waited:
             await asyncio.sleep(0)
-        await asyncio.sleep(0.05)
-        asked.cancel()
+        with pytest.raises(GenerationError, match="was closed"):
+            await asked
+        for later in (stepper.complete(1, None), stepper.call(lambda it: it)):
+            with pytest.raises(GenerationError, match="was closed"):
+                await later
 
     run(main())
     closer.join(5)
@@ -135,7 +140,7 @@ def test_closing_waits_for_the_step_it_is_in(scripted):
 
 
 def test_a_refused_request_fails_alone(scripted):
-    _, stepper = scripted
+    engine, stepper = scripted
 
     async def main():
         bad, good = await asyncio.gather(stepper.complete(-1, None), stepper.complete(1, None), return_exceptions=True)
@@ -143,6 +148,7 @@ def test_a_refused_request_fails_alone(scripted):
         assert good.finished
 
     run(main())
+    assert not engine.left, "it would step for ever"
 
 
 def test_a_cancelled_request_is_aborted(scripted):

@@ -100,6 +100,21 @@ def test_what_is_not_plain_attention_is_left_to_torch(asked):
     assert not torch.allclose(other, plain)
 
 
+def test_values_of_another_width_than_keys_are_left_to_torch():
+    module = nn.Module()
+    module.num_key_value_groups = 1
+    q, k, v = (torch.randn(1, 2, 12, width) for width in (8, 8, 4))
+    out = attend_by_document(module, q, k, v, None, torch.tensor([0, 5, 12], dtype=torch.int32))[0]
+    parts = [sdpa_attention_forward(module, *(t[:, :, a:b] for t in (q, k, v)), None)[0] for a, b in ((0, 5), (5, 12))]
+    torch.testing.assert_close(out, torch.cat(parts, 1))
+
+
+def test_documents_whose_weights_would_take_much_memory_are_left_to_torch():
+    assert documents._short([100, 28], 64)
+    assert not documents._short([130, 1], 64)  # 130² + 1 weights of a head, 2 · 64 · 131 kept at most
+    assert not documents._short([documents.SHORT + 1, *[1] * 10000], 64)
+
+
 def test_its_gradient_is_that_of_its_formula(monkeypatch):
     """Not what autocast would make of the backward pass; in fp64 against torch's derivative of softmax(q kᵀ) v."""
     tensors = [torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (6, 2, 2)]

@@ -2,6 +2,7 @@
 
 import shutil
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -9,7 +10,7 @@ from ranks import run_ranks
 from runs import losses
 
 from itune_ray.config.train import TrainJob
-from itune_ray.errors import TrainError
+from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.compiled import decoder_layers
 from itune_ray.train import loop
 from itune_ray.train.build import build_model
@@ -20,6 +21,8 @@ from itune_ray.train.strategies import build_strategy
 from itune_ray.train.world import World
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+HIDDEN = 64
+"""Of the tiny model."""
 SIZE = {"steps": 3, "batch": 8, "packing": True, "pack_length": 128, "micro_batch": 1}
 LORA = {"type": "lora", "rank": 4, "dropout": 0.2}
 
@@ -77,8 +80,9 @@ class Stopped(BaseException):
 
 
 def test_a_resumed_run_compiles_the_same(folder, tmp_path, monkeypatch):
-    """Its first row is another one."""
-    records, job = tiny.chats(40), job_of(folder, steps=4, checkpoint={"every_steps": 2}, precision="bf16")
+    """Its first row is another one. Rows are as wide as the hidden size, which is no size of theirs."""
+    wide = {"pack_length": HIDDEN, "max_length": HIDDEN}
+    records, job = tiny.chats(40), job_of(folder, steps=4, checkpoint={"every_steps": 2}, precision="bf16", **wide)
     monkeypatch.setattr("itune_ray.model.cpu.has_bf16_units", lambda: True)
     shapes = []
     ahead = loop.compile_ahead
@@ -94,7 +98,7 @@ def test_a_resumed_run_compiles_the_same(folder, tmp_path, monkeypatch):
     torch.compiler.reset()
     train_local(job, records, str(tmp_path / "parts"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert shapes == [(1, 128)] * 3
+    assert shapes == [(1, HIDDEN)] * 3
 
 
 def built(folder, **overrides):
@@ -111,6 +115,12 @@ def test_the_layers_alone_are_compiled_and_not_where_our_own_blocks_are_faster(f
         assert len(layers) == made.model.config.num_hidden_layers
         assert all(("forward" in vars(layer)) is compiled for layer in layers)
         assert made.compiled is compiled
+
+
+def test_experts_are_refused(tmp_path):
+    folder = architectures.family("qwen3_moe", tmp_path)
+    with pytest.raises(ModelError, match="mixture of experts cannot be compiled"):
+        built(str(folder), router_loss=0.0)
 
 
 @pytest.mark.parametrize(
