@@ -28,6 +28,7 @@ from itune_ray.data.order import PackedRow
 from itune_ray.data.packing import pack
 from itune_ray.data.records import Record
 from itune_ray.model import cpu
+from itune_ray.model.compiled import compile_layers
 from itune_ray.model.cpu import install_wide_products
 from itune_ray.model.documents import install_document_attention
 from itune_ray.model.load import masking_for
@@ -49,6 +50,7 @@ class Variant:
     by_document: bool = True
     wide: bool = True
     blocks: bool = True
+    compiled: bool = False
     seconds: list[float] = field(default_factory=list[float])
     cpu_seconds: list[float] = field(default_factory=list[float])
     peak_mib: float = 0.0
@@ -64,6 +66,7 @@ def variants() -> list[Variant]:
         Variant("+ attention by document", wide=False, blocks=False),
         Variant("+ products by fp32 units where there are no bf16 ones", blocks=False),
         Variant("+ norms and gates as one function, nothing rounded between a layer's products"),
+        Variant("+ layers compiled where there are bf16 units, instead of both", compiled=True),
     ]
 
 
@@ -86,10 +89,13 @@ def stepper(variant: Variant, folder: str, rows: list[PackedRow], bench: TrainBe
     install_fused_head(model)
     if variant.by_document:
         install_document_attention(model)
-    if variant.wide:
-        install_wide_products(model)
-    if variant.blocks:
-        install_wide_blocks(model)
+    if variant.compiled and not cpu.wide(torch.device("cpu"), torch.bfloat16):
+        compile_layers(model, bench.pack_length)
+    else:
+        if variant.wide:
+            install_wide_products(model)
+        if variant.blocks:
+            install_wide_blocks(model)
     masking = masking_for(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = _batches(variant, rows, bench.pack_length, flat=masking == "varlen")
