@@ -132,13 +132,13 @@ def score_tokens(
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        count, missing = len(hidden), 0 if hidden.is_cuda else -len(hidden) % ROW_MULTIPLE
-        if missing:
+        count, missing = len(hidden), -len(hidden) % ROW_MULTIPLE
+        if missing and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
             hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
             ids = None if ids is None else pad(ids, (0, 0, 0, missing))
         scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids)
         # Copied, since FSDP2 hangs its backward on what a model returns, and a view would lose that in place.
-        scores: Any = (s if s is None or not missing else s[:count].clone() for s in scored)
+        scores: Any = (s if s is None or len(s) == count else s[:count].clone() for s in scored)
         return TokenScores(*scores)
     return _score_by_module(hidden, targets, head, transform, ids)
 
