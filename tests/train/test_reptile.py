@@ -126,7 +126,7 @@ def test_few_steps_on_a_held_out_task_reach_further_than_after_joint_training(fo
     after: dict[str, list[float]] = {}
     for name, more in {"joint": {}, "reptile": {"reptile": {"inner_steps": 5, "rate": 0.5}}}.items():
         shape: dict[str, Any] = {"batch": 12, "optimizer.lr": 2e-3, "log_every": 100, "checkpoint.every_steps": 5000}
-        start = train_local(tiny.job(folder, steps=1500, **shape, **more), seen, str(tmp_path / name))
+        start = train_local(tiny.job(folder, steps=3000, **shape, **more), seen, str(tmp_path / name))
         losses = []
         for by in held:
             asked = {"data": [{"source": {"type": "playground", "split": "chat", "rows": 1}}]}  # its rows are given
