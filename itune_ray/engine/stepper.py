@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 CLOSE_S = 30.0
+"""Longest wait of `close` for a step."""
 TURNS = 8
 """Rounds of the event loop between two steps: an answer goes through a few tasks before its caller asks again."""
 
