@@ -80,9 +80,8 @@ class Stepper:
 
     def close(self) -> None:
         """Stop after the step it is in, for which it waits at most `CLOSE_S`; from any thread."""
-        held = self._busy.acquire(timeout=CLOSE_S)
-        self._closed = True
-        if held:
+        self._closed = True  # before the wait: a stepping loop could take the lock again and again
+        if self._busy.acquire(timeout=CLOSE_S):
             self._busy.release()
 
     def _check(self) -> None:
