@@ -25,6 +25,8 @@ from itune_ray.observe.progress import Progress
 
 Say = Callable[[str], None]
 POLL_S = 0.01
+PEER_COMPILES = 3
+"""Steps after which a compiled peer has met its shapes."""
 PAIRS = 128
 """The most pairs of the part `dpo`, each of which both sides first score by the reference; steps take them in turn."""
 
@@ -74,6 +76,7 @@ def _task(bench: TrainBench, method: Method, inputs: Inputs, steps: int) -> Task
         steps=steps,
         precision=bench.precision,
         compile=bench.compile,
+        peer_compile=bench.peer_compile,
     )
 
 
@@ -94,7 +97,8 @@ def _against_peer(bench: TrainBench, method: Method, folder: Path, logs: Path, s
         bench = bench.model_copy(update={"documents": min(bench.documents, PAIRS)})
     inputs = write_inputs(bench, folder, method == "dpo", seed)
     candidates = bench.peer_micro_batches[method]
-    steps = bench.rounds * max(bench.steps, bench.peer_steps) + 2 * len(candidates) + 10
+    warm = PEER_COMPILES if bench.peer_compile else 1
+    steps = bench.rounds * max(bench.steps, bench.peer_steps) + (warm + 1) * len(candidates) + 10
     file = folder / "task.json"
     _task(bench, method, inputs, steps).write(file)
     environment = _environment(bench)
@@ -104,10 +108,10 @@ def _against_peer(bench: TrainBench, method: Method, folder: Path, logs: Path, s
         Side("loop", ours, logs / f"{method}-loop.txt", environment) as loop,
         Side("peer", theirs, logs / f"{method}-peer.txt", environment) as peer,
     ):
-        tried = {size: _tried(peer, size) for size in candidates}
+        tried = {size: _tried(peer, size, warm) for size in candidates}
         best = max(tried, key=lambda size: tried[size].rate)
         if best != candidates[-1]:
-            peer.turn(1, best)
+            peer.turn(warm, best)
         mine, other = alternate(lambda: loop.turn(bench.steps), lambda: peer.turn(bench.peer_steps, best), bench.rounds)
     other.append(tried[best])
     for turn in (*mine, *other):
@@ -128,9 +132,9 @@ def _against_peer(bench: TrainBench, method: Method, folder: Path, logs: Path, s
     }
 
 
-def _tried(peer: Side, size: int) -> Turn:
-    """One step at so many rows, after one that allocates."""
-    peer.turn(1, size)
+def _tried(peer: Side, size: int, warm: int) -> Turn:
+    """One step at so many rows, after some that allocate and compile."""
+    peer.turn(warm, size)
     return peer.turn(1, size)
 
 

@@ -44,6 +44,8 @@ class Task:
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
     """Our side's layers."""
+    peer_compile: bool = False
+    """The other side's model."""
 
     @classmethod
     def read(cls, file: str) -> Self:

@@ -43,6 +43,8 @@ class TrainBench(Schema):
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
     """Compile our side's layers, before the turns; see `TrainJob.compile`."""
+    peer_compile: bool = False
+    """Compile the peer's model, in steps that are not timed."""
     threads: Positive = 2
     """Of each side, one of which works at a time."""
     rounds: Positive = 3

@@ -44,6 +44,7 @@ def arguments(task: Task, micro_batch: int, out: str) -> dict[str, Any]:
         "bf16": task.precision == "bf16",
         "use_cpu": True,
         "optim": "adamw_torch_fused",
+        "torch_compile": task.peer_compile,
         "max_length": task.pack_length,
         "logging_steps": task.steps,
         "save_strategy": "no",
