@@ -29,13 +29,8 @@ from itune_ray.model.cpu import wide
 from itune_ray.model.pooling import Pooled
 from itune_ray.model.router import RouterLoad, router_load
 
-CHUNK_ELEMENTS = 2**22
-"""Logits of one chunk on CPU: 16 MiB in fp32. Tensors above 32 MiB go back to the kernel after every use
-(`itune_ray.model.cpu.keep_memory`), and their pages come back empty, one by one."""
-CHUNK_ROWS = 128
-"""Tokens of one chunk at least: the head is read for each."""
-KEPT_ELEMENTS = 2**24
-"""Probabilities that are kept for the backward pass at most, 64 MiB in fp32."""
+CHUNK_ELEMENTS = 2**24
+"""Logits of one chunk on CPU: 64 MiB in fp32."""
 CUDA_CHUNK_ELEMENTS = 2**27
 """The same on a GPU, 512 MiB: every chunk adds to the head's whole gradient in fp32, 1 GiB read and written at
 V = 128,256; with small ones that is most of the time (170 ms for 8,192 tokens on an H100 against 34 ms dense)."""
@@ -175,7 +170,7 @@ def _others(scores: Tensor, ids: Tensor) -> Tensor:
 
 class _ChunkedScores(torch.autograd.Function):
     """The formulas of the module docstring, chunk by chunk; grad_W accumulates in fp32 (rounding every chunk's product
-    to bf16 biases training). As long as they are few, probabilities are kept for the backward pass."""
+    to bf16 biases training). Where one chunk holds all, its probabilities are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -186,9 +181,7 @@ class _ChunkedScores(torch.autograd.Function):
         entropy = torch.empty_like(log_probs)
         at = None if ids is None else log_probs.new_empty(ids.shape)
         tail = None if ids is None else torch.empty_like(log_probs)
-        chunks, kept = _chunks(hidden, weight.shape[0]), []
-        few = len(chunks) == 1 or len(hidden) * weight.shape[0] <= KEPT_ELEMENTS
-        keeps = transform == IDENTITY and few
+        chunks, kept = _chunks(hidden, weight.shape[0]), None
         for rows in chunks:
             log_p = transform(head.logits(hidden[rows])).log_softmax(-1)
             log_probs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
@@ -196,8 +189,7 @@ class _ChunkedScores(torch.autograd.Function):
                 at[rows] = log_p.gather(-1, ids[rows])
                 tail[rows] = _others(log_p, ids[rows]).logsumexp(-1)
             p = log_p.exp()
-            if keeps:
-                kept.append(p)
+            kept = p if len(chunks) == 1 and transform == IDENTITY else None
             entropy[rows] = -log_p.mul_(p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, entropy, ids, tail)
         ctx.transform, ctx.kept = transform, kept
@@ -207,14 +199,14 @@ class _ChunkedScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         hidden, weight, targets, *_ = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, []  # gradients take their place
+        kept, ctx.kept = ctx.kept, None  # the gradient takes its place
         head = _Head(hidden, weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         others = any(grad is not None for grad in grads[1:])
-        for rows, p in itertools.zip_longest(_chunks(hidden, weight.shape[0]), kept):
-            if p is not None and grads[0] is not None and not others:
-                grad = _target_gradient(p, targets[rows], grads[0][rows])
+        for rows in _chunks(hidden, weight.shape[0]):
+            if kept is not None and grads[0] is not None and not others:
+                grad = _target_gradient(kept, targets, grads[0])
             else:
                 grad = _logit_gradient(ctx, head.logits(hidden[rows]), rows, grads)
             if grad_hidden is not None:
@@ -293,7 +285,7 @@ def _chunks(hidden: Tensor, num_words: int) -> list[slice]:
 
 
 def _rows_per_chunk(num_words: int, hidden: Tensor) -> int:
-    return max(1, CUDA_CHUNK_ELEMENTS // num_words) if hidden.is_cuda else max(CHUNK_ROWS, CHUNK_ELEMENTS // num_words)
+    return max(1, (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS) // num_words)
 
 
 def _num_words(head: nn.Module) -> int:

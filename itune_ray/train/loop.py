@@ -109,9 +109,9 @@ def train_rank(
     world = world or current_world()
     tokenizer = load_renderer(job.model).tokenizer
     strategy = build_strategy(job.strategy, world, job.precision)
-    if world.device.type == "cpu":
-        keep_memory()
     built = build_model(job, tokenizer, strategy, world)
+    if world.device.type == "cpu":
+        keep_memory()  # from here on, since what loading frees is not needed again
     model, optimizers = strategy.optimise(built.model, job.optimizer)
     built, budget = dataclasses.replace(built, model=model), built.budget
     stepper = Stepper(

@@ -11,7 +11,6 @@ from itune_ray.model.logprobs import LogitTransform, install_fused_head, score_t
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 1)
 
 
 def oracle(hidden, targets, head, transform):
@@ -41,29 +40,6 @@ def test_scores_and_gradients_equal_those_of_the_full_logits(small_chunks, trans
     got = run(score_tokens(hidden, targets, head, transform))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("most", [0, 2**24])
-def test_probabilities_that_are_kept_give_the_same_gradients(small_chunks, monkeypatch, most):
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", most)
-    made, made_again = [], logprobs._logit_gradient
-    monkeypatch.setattr(logprobs, "_logit_gradient", lambda *given: (made.append(1), made_again(*given))[1])
-    torch.manual_seed(0)
-    head, targets, weights = nn.Linear(8, 20, bias=False), torch.randint(0, 20, (33,)), torch.randn(33)
-    hidden = torch.randn(33, 8, requires_grad=True)
-
-    def gradients(log_probs):
-        return torch.autograd.grad((log_probs * weights).sum(), [hidden, head.weight])
-
-    got = gradients(score_tokens(hidden, targets, head).log_probs)
-    assert bool(made) == (most == 0)
-    for a, b in zip(got, gradients(oracle(hidden, targets, head, LogitTransform())[0]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_a_chunk_has_some_rows_however_many_words_there_are():
-    hidden = torch.empty(1, 8)
-    assert [logprobs._rows_per_chunk(words, hidden) for words in (8_192, 32_768, 128_256)] == [512, 128, 128]
 
 
 def test_no_targets_give_empty_scores_that_still_reach_the_weights():
@@ -113,7 +89,6 @@ def test_forward_scores_the_supervised_positions_in_order(folder):
 def test_the_full_logits_are_never_made(folder, units, monkeypatch):
     """No tensor over the words is larger than the head itself, however many tokens there are."""
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2048)
-    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 1)
     monkeypatch.setattr("itune_ray.model.cpu.has_bf16_units", lambda: units == "bf16")
     model = AutoModelForCausalLM.from_pretrained(folder)
     if units.startswith("bf16 weights"):

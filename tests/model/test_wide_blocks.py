@@ -182,7 +182,7 @@ if sys.argv[1] == "keep":
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
-        [torch.ones(7_500_000) for _ in range(4)]
+        [torch.ones(12_500_000) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(10)
 print(faults(20))
