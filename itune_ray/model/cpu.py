@@ -54,8 +54,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Numbers of settings of glibc's `mallopt`."""
 KEPT_SIZES = (2**26 + 2**16, 2**25)
-"""Bytes from which a tensor has a mapping of its own: more than a chunk of the head (`itune_ray.model.logprobs`) has, or
-32 MiB where glibc takes no more."""
+"""Bytes from which a tensor has a mapping of its own: more than the largest chunk of the head has, or 32 MiB where
+glibc takes no more."""
 
 
 def keep_memory() -> None:
