@@ -5,9 +5,11 @@ or the driver, the stage directory says how far the run is. Torch is imported in
 unpickles what is defined here, and would otherwise spend ten seconds on imports that only workers need.
 """
 
+import contextlib
 import os
 import re
 import socket
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,16 +31,13 @@ if TYPE_CHECKING:
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, longer than a small run's last steps
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 s by default, too short for a busy machine's imports
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # until there is room: 60 s by default, less than a cloud's node
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job file mean the job's working directory
 }
 _ELASTIC_SETTINGS = {
     # Ray counts a node up to 20 s after it went: workers that then find no room must be fewer soon, not in 10 minutes.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
-
-_USERS = frozenset(os.environ)
-"""What the user has set stays."""
 
 
 def fit(
@@ -64,10 +63,6 @@ def fit(
 
     from itune_ray.train.outcome import pause_folder, read_outcome
 
-    elastic = job.workers.fewest < job.workers.most
-    for name, value in (_RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})).items():
-        if name not in _USERS:
-            os.environ[name] = value
     stage = Folder.at(stage_dir)
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
     if (finished := read_outcome(out)) is not None:
@@ -95,7 +90,7 @@ def fit(
         ),
     )
     try:
-        with relayed(board, on_progress), explained_by(lambda: ranks_of(board)):
+        with _settings(job.workers), relayed(board, on_progress), explained_by(lambda: ranks_of(board)):
             _fit(trainer, board)
         error: Any = ray.get(board.failure.remote())
         if error is not None:
@@ -107,6 +102,21 @@ def fit(
     if outcome is None:
         raise TrainError("the workers ended without an outcome", got=out)
     return outcome
+
+
+@contextlib.contextmanager
+def _settings(workers: TrainWorkers) -> Iterator[None]:
+    """The environment variables that Ray Train reads, except those that the user set; gone afterwards, since whatever
+    this process starts later would take them for its user's."""
+    elastic = workers.fewest < workers.most
+    wanted = _RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _fit(trainer: Any, board: Any) -> None:

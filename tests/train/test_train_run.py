@@ -85,7 +85,9 @@ def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, 
 
     job = two_workers(folder, steps=steps, checkpoint={"every_steps": 70 if kill_at else 5})
     train_local(job, records, str(tmp_path / "one"))
-    outcome = fit(job, prepare(job, records, stage), stage, on_progress)
+    prepared, environment = prepare(job, records, stage), dict(os.environ)
+    outcome = fit(job, prepared, stage, on_progress)
+    assert dict(os.environ) == environment, "Ray Train's settings would be its user's for what this process starts"
     assert outcome.steps == steps
     assert [step for step, _ in losses(stage)] == list(range(1, steps + 1))
     assert (len(seen) > steps) == bool(kill_at)  # steps since the last checkpoint were taken twice
