@@ -53,6 +53,10 @@ class StorageError(ITuneError):
     """An artifact or output root cannot be read, written or locked."""
 
 
+class UnreadableError(StorageError):
+    """What is there cannot be read now; another attempt may."""
+
+
 class ClusterError(ITuneError):
     """Ray cannot be reached, or cannot hold what the job asks for."""
 

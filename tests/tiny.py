@@ -93,10 +93,10 @@ def spread(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
 
 
-def llama(folder: Path, **overrides: Any) -> Path:
+def llama(folder: Path, seed: int = 1, **overrides: Any) -> Path:
     """A random two-layer Llama with grouped queries, and its tokenizer, as a Hugging Face folder."""
     words = tokenizer()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**shape(words), **overrides}))
     spread(model)
     model.save_pretrained(folder)

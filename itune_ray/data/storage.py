@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from itune_ray.errors import StorageError
+from itune_ray.errors import StorageError, UnreadableError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -119,7 +119,9 @@ class Folder:
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
         except OSError as error:
-            raise StorageError(f"cannot read the file: {error.strerror or error}", got=f"{self.uri}/{name}") from None
+            raise UnreadableError(
+                f"cannot read the file: {error.strerror or error}", got=f"{self.uri}/{name}"
+            ) from None
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file whole or not at all."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.adaptation import PROMPTS, AdaloraConfig
+from itune_ray.config.base import digest
 from itune_ray.config.objectives import SftConfig
 from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import Masking
@@ -57,6 +58,8 @@ class Built:
     report: ParameterReport
     source: str | None
     """Folder the base weights came from; None for a fresh model."""
+    origin: str
+    """Identity of what training begins with: the content of base and adapter, or the settings of a fresh model."""
     budget: RankBudget | None = None
     """AdaLoRA's, which takes part in every step."""
     router_weight: float = 0.0
@@ -75,7 +78,8 @@ def _new_tokens(model: TrainedModel) -> list[str]:
 
 def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, world: World) -> Built:
     """Build, adapt and place the model of a job on this rank."""
-    folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
+    base = None if job.model.path is None else local_model_folder(job.model.reference())
+    folder = None if base is None else base.path
     model, empty = _base_model(job, folder, tokenizer, strategy, world)
     if fresh := _new_tokens(job.model):
         embed_new_tokens(model, tokenizer, fresh)
@@ -123,7 +127,8 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         if job.model.peft.type == "full":
             choose_trained(model, job.images.trained)
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
-    adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
+    continued = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter")
+    adapter = None if continued is None else continued.path
     if adapter is not None:
         check_vocabulary(tokenizer, adapter)
         check_adapter(adapted, adapter)
@@ -136,7 +141,12 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         fill_from_folder(placed, folder, seed=job.seed)
     if adapter is not None:
         fill_from_adapter(placed, adapter)
-    return Built(placed.train(), masking, dtype, report, folder, budget, router_weight, compiled)
+    origin = digest([part and part.fingerprint for part in (base, continued)] if base else _fresh(job), length=16)
+    return Built(placed.train(), masking, dtype, report, folder, origin, budget, router_weight, compiled)
+
+
+def _fresh(job: TrainJob) -> list[Any]:
+    return [job.seed, job.model.init and job.model.init.model_dump(mode="json")]
 
 
 def _base_model(

@@ -8,11 +8,13 @@ and cleared at the next save, and one whose files are not as they were written i
 """
 
 import contextlib
+import json
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
 from itune_ray.data.storage import PAUSES_S, Folder
-from itune_ray.errors import StorageError, TrainError, first_line
+from itune_ray.errors import StorageError, TrainError, UnreadableError, first_line
 from itune_ray.model.sharding import snapshot
 from itune_ray.train.checkpoint_files import Reader, Sums, Writer, is_whole, merged
 from itune_ray.train.optimizer import Optimizers
@@ -39,13 +41,19 @@ SETTLE_S = 60.0
 class Checkpoints:
     """The checkpoints of one stage, by path or URI. To be made on all ranks at the same time.
 
+    Args:
+        model: What the run began with, by its content (`itune_ray.train.build.Built.origin`).
+        timeout_s: Deadline of what ranks do together in the background.
+
     With `background` a save only copies the state to host memory; a thread writes it while training goes on, over a
     process group of its own. At most one is under way: the next save, and the end of the run, wait for it.
     """
 
-    def __init__(self, folder: str, config: CheckpointConfig, world: World):
-        self._folder, self._config, self._world = Folder.at(folder), config, world
-        self._group: Any = dist.new_group(backend="gloo") if config.background and world.size > 1 else None
+    def __init__(self, folder: str, config: CheckpointConfig, world: World, model: str = "", timeout_s: float = 600.0):
+        self._folder, self._config, self._world, self._model = Folder.at(folder), config, world, model
+        self._group: Any = None
+        if config.background and world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._damaged: set[int] = set()
         self._writing = _Background()
 
@@ -55,7 +63,7 @@ class Checkpoints:
 
     def newest_whole(self) -> int:
         """The same, passing over checkpoints with damaged files. Collective: each rank reads its share of them."""
-        for step in sorted(self._complete(), reverse=True):
+        for step in sorted(self._world.gather(self._complete())[0], reverse=True):  # storages may list late
             damaged = self._damaged_files(step)
             if not self._world.sum([len(damaged)])[0]:
                 return step
@@ -93,12 +101,17 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any]) -> None:
         target = self.at(step)
         if self._world.is_main:
-            self._remove_unfinished()
+            for left in {step} | (set(self._steps()) - set(self._complete())):
+                self.at(left).delete()
             target.fs.create_dir(target.path, recursive=True)
         self._barrier()
+        began = {"step": step, "world": self._world.size, "model": self._model}
         sums = self._gathered(self._written(step, target, state))
         if self._world.is_main:
-            target.write_json(MARKER, {"step": step, "world": self._world.size, "files": merged(sums)})
+            target.write_json(MARKER, {**began, "files": merged(sums)})
+            for damaged in self._damaged - {step}:
+                self.at(damaged).delete()
+            self._damaged.clear()
             for old in sorted(self._complete())[: -self._config.keep]:
                 self.at(old).delete()
         self._barrier()  # whoever goes on finds it published
@@ -134,12 +147,29 @@ class Checkpoints:
         return parts
 
     def load(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
-        """Collective: read the state of a checkpoint into a placed model and its optimizers."""
+        """Collective: read the state of a checkpoint into a placed model and its optimizers.
+
+        Raises:
+            TrainError: It is of another model, adapter or optimizer.
+            UnreadableError: The storage cannot be read now.
+        """
+        began_with = self.at(step).read_json(MARKER).get("model", self._model)
+        if began_with != self._model:
+            raise TrainError(
+                "the checkpoint is of a run that began with another model",
+                got=f"content {began_with} in {self.at(step).uri}",
+                allowed=f"content {self._model}; else another output folder",
+                knob="model.path",
+            )
         state = strategy.state(model, optimizers)
         try:
             with _quiet():
                 load(state, storage_reader=Reader(self.at(step)), no_dist=_alone())
-        except (CheckpointException, RuntimeError, OSError) as error:
+        except CheckpointException as error:
+            if any(isinstance(cause, OSError) for cause, _ in error.failures.values()):
+                raise UnreadableError(
+                    f"the checkpoint cannot be read: {_of_storage(error)}", got=self.at(step).uri, knob="run.output"
+                ) from error
             raise TrainError(
                 f"the checkpoint cannot be resumed: {first_line(error)}",
                 got=self.at(step).uri,
@@ -153,16 +183,11 @@ class Checkpoints:
     def _damaged_files(self, step: int) -> list[str]:
         """Of this rank's share."""
         try:
-            files: Sums = self.at(step).read_json(MARKER)["files"]
-        except (StorageError, KeyError, TypeError):
+            files: Sums = json.loads(self.at(step).read_bytes(MARKER))["files"]
+        except (ValueError, KeyError, TypeError):
             return [MARKER]
         mine = sorted(files)[self._world.rank :: self._world.size]
         return [name for name in mine if not is_whole(self.at(step), name, files[name])]
-
-    def _remove_unfinished(self) -> None:
-        for step in (set(self._steps()) - set(self._complete())) | self._damaged:
-            self.at(step).delete()
-        self._damaged.clear()
 
     def _steps(self) -> list[int]:
         return [int(name.removeprefix("step-")) for name in self._folder.names() if name.startswith("step-")]

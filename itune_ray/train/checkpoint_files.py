@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow.fs as pafs
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, FileSystemReader, FileSystemWriter
 
-from itune_ray.data.storage import Folder
+from itune_ray.data.storage import Folder, retried
+from itune_ray.errors import UnreadableError, first_line
 
 Sums = dict[str, tuple[int, int]]
 """File name -> (bytes, CRC-32)."""
@@ -21,15 +22,26 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def is_whole(folder: Folder, name: str, expected: tuple[int, int]) -> bool:
-    """Whether a file is there with the size and checksum it was written with."""
-    size, crc = 0, 0
+    """Whether a file is there with the size and checksum it was written with.
+
+    Raises:
+        UnreadableError: It cannot be read now, which says nothing of what it holds.
+    """
     try:
-        with folder.fs.open_input_stream((folder / name).path, compression=None) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    except OSError:
+        return retried(lambda: _sum_of(folder, name)) == tuple(expected)
+    except FileNotFoundError:
         return False
-    return (size, crc) == tuple(expected)
+    except OSError as error:
+        what = f"a file of a checkpoint cannot be read: {first_line(error)}"
+        raise UnreadableError(what, got=f"{folder.uri}/{name}", knob="run.output") from error
+
+
+def _sum_of(folder: Folder, name: str) -> tuple[int, int]:
+    size, crc = 0, 0
+    with folder.fs.open_input_stream((folder / name).path, compression=None) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
 
 
 class Writer(FileSystemWriter):

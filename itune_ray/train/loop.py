@@ -131,7 +131,8 @@ def train_rank(
         flat = built.masking == "varlen"
         widest = job.pass_tokens if flat else job.pack_capacity
         compile_ahead(stepper, collate([], pad_id(tokenizer), flat, at_least=widest))
-    checkpoints = Checkpoints((Folder.at(stage_dir) / "checkpoint").uri, job.checkpoint, world)
+    kept = (Folder.at(stage_dir) / "checkpoint").uri
+    checkpoints = Checkpoints(kept, job.checkpoint, world, built.origin, job.workers.collective_timeout_s)
     rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
     held_out = None
     if job.validation is not None:
@@ -261,7 +262,7 @@ class Loop:
     def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
-        watch = self._watch()
+        watch = self._watch([] if log is None else log.rows)
         validation, held_out = self._validation(start)
         row: Row = {}
         saved: Row = {}
@@ -286,12 +287,17 @@ class Loop:
                     log.flush()
         return row or (log.last() if log is not None else {})
 
-    def _watch(self) -> Divergence | None:
-        """On every rank, which all see the same loss, so that none is left waiting. Not where the order itself makes
-        the loss rise: easy rows or one task first."""
+    def _watch(self, logged: Sequence[Row]) -> Divergence | None:
+        """On every rank, which all see the same loss, so that none is left waiting; what was logged before a restart
+        counts. Not where the order itself makes the loss rise: easy rows or one task first."""
         job = self._job
         rises = job.curriculum is not None or job.reptile is not None
-        return None if job.divergence is None or rises else Divergence(job.divergence)
+        if job.divergence is None or rises:
+            return None
+        watch = Divergence(job.divergence)
+        for step, loss in self._world.gather([(row["step"], row["loss"]) for row in logged])[0]:
+            watch.see(step, loss)
+        return watch
 
     def _filled(self, step: int) -> Row:
         """Share of the packed rows' places that hold a token."""

@@ -63,7 +63,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     tracked = _tracked(job, artifact, progress.say)
     with tracked:
         with progress.task(stage, prepared.plan.steps, unit="steps") as task:
-            outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked))
+            outcome = fit(job, prepared, artifact.path(), _shown(task, job.workers, tracked), say=progress.say)
         if job.gate is not None and job.gate.vllm is not None:
             from itune_ray.train.served import check_served
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,7 +18,7 @@ from itune_ray import room
 from itune_ray.config.strategies import TrainWorkers
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
-from itune_ray.errors import ITuneError, TrainError
+from itune_ray.errors import ITuneError, TrainError, UnreadableError
 from itune_ray.imports import uncollected
 from itune_ray.observe.watch import explained_by
 from itune_ray.train.board import Board, OnProgress, ranks_of, relayed
@@ -31,13 +31,11 @@ if TYPE_CHECKING:
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, longer than a small run's last steps
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # until there is room: 60 s by default, less than a cloud's node
+    # Ray counts a node up to 20 s after it went: workers that find no room are to be asked for anew, and may be fewer.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job file mean the job's working directory
 }
-_ELASTIC_SETTINGS = {
-    # Ray counts a node up to 20 s after it went: workers that then find no room must be fewer soon, not in 10 minutes.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-}
+Say = Callable[[str], None]
 
 
 def fit(
@@ -47,20 +45,20 @@ def fit(
     on_progress: OnProgress | None = None,
     *,
     stop_at: int | None = None,
+    say: Say = lambda line: None,
 ) -> "TrainOutcome":
     """Train under Ray Train to the end, through worker failures, and export; continues where an earlier call stopped.
 
     Args:
+        say: Told when workers wait for room.
         stop_at: Pause once so many steps are done (`itune_ray.train.loop.train_rank`); a pause that was reached
             before is found again.
 
     Raises:
         ITuneError: What a worker raised on purpose, unchanged.
         TrainError: The workers failed more often than `workers.max_failures` allows.
+        ClusterError: There was no room for them again within `workers.start_timeout_s`.
     """
-    import ray.train
-    import ray.train.torch
-
     from itune_ray.train.outcome import pause_folder, read_outcome
 
     stage = Folder.at(stage_dir)
@@ -68,30 +66,17 @@ def fit(
     if (finished := read_outcome(out)) is not None:
         return finished
     board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=room.beside_driver()).remote()
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={
-            "job": job.model_dump_json(),
-            "prepared": prepared,
-            "stage_dir": stage.uri,
-            "stop_at": stop_at,
-            "out": out,
-            "board": board,
-        },
-        scaling_config=_scaling(job.workers),
-        torch_config=ray.train.torch.TorchConfig(
-            backend=_backend(job.workers), timeout_s=job.workers.collective_timeout_s
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray-train",
-            storage_path=stage.uri,
-            failure_config=ray.train.FailureConfig(max_failures=job.workers.max_failures),
-            worker_runtime_env={"env_vars": job.workers.env} if job.workers.env else None,
-        ),
-    )
+    config = {
+        "job": job.model_dump_json(),
+        "prepared": prepared,
+        "stage_dir": stage.uri,
+        "stop_at": stop_at,
+        "out": out,
+        "board": board,
+    }
     try:
-        with _settings(job.workers), relayed(board, on_progress), explained_by(lambda: ranks_of(board)):
-            _fit(trainer, board)
+        with _settings(), relayed(board, on_progress), explained_by(lambda: ranks_of(board)):
+            _fit(job.workers, config, say)
         error: Any = ray.get(board.failure.remote())
         if error is not None:
             raise error
@@ -105,12 +90,10 @@ def fit(
 
 
 @contextlib.contextmanager
-def _settings(workers: TrainWorkers) -> Iterator[None]:
+def _settings() -> Iterator[None]:
     """The environment variables that Ray Train reads, except those that the user set; gone afterwards, since whatever
     this process starts later would take them for its user's."""
-    elastic = workers.fewest < workers.most
-    wanted = _RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if elastic else {})
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    ours = {name: value for name, value in _RAY_TRAIN_SETTINGS.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -119,23 +102,72 @@ def _settings(workers: TrainWorkers) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _fit(trainer: Any, board: Any) -> None:
+def _fit(workers: TrainWorkers, config: dict[str, Any], say: Say) -> None:
+    """Under one controller after another, each until a start of its workers fails: one controller would try again for
+    ever, and say nothing."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    failures = 0
+    while (failed := _failed_start(workers, config)) is not None:
+        if not isinstance(failed, WorkerGroupStartupTimeoutError):
+            failures += 1
+            if failures > workers.max_failures:
+                what = f"the training workers failed to start too often: {_last_line(failed)}"
+                raise TrainError(what, knob="workers.max_failures")
+        what, knob = f"{workers.fewest} training workers", "workers.start_timeout_s"
+        room.await_room([workers.each] * workers.fewest, workers.start_timeout_s, what, knob, say)
+
+
+def _failed_start(workers: TrainWorkers, config: dict[str, Any]) -> Exception | None:
+    """Train under one controller; returns what kept its workers from starting, or None at the end."""
     import ray.train
 
+    board, trainer = config["board"], _trainer(workers, config)
     try:
         trainer.fit()
+    except ray.train.ControllerError as failed:
+        return failed.controller_failure.with_traceback(None)
     except ray.train.WorkerGroupError as failed:
         told_first: Any = ray.get(board.failure.remote())  # what one rank raised on purpose, and the others fell over
         if told_first is not None:
             raise told_first from failed
         rank, cause = min(failed.worker_failures.items())
-        reason = str(cause).strip().splitlines()[-1]
+        reason = _last_line(cause)
         places = "; ".join(ranks_of(board))
         told = f" ({places})" if places and _TIMED_OUT.search(reason) else ""
         raise TrainError(
             f"training failed too often; last on rank {rank}: {reason}{told}",
             knob="workers.collective_timeout_s" if told else "workers.max_failures",
         ) from failed
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _trainer(workers: TrainWorkers, config: dict[str, Any]) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from itune_ray.train.controller import run_controller
+
+    class Trainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            return run_controller(arguments)
+
+    return Trainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=_scaling(workers),
+        torch_config=TorchConfig(backend=_backend(workers), timeout_s=workers.collective_timeout_s),
+        run_config=ray.train.RunConfig(
+            name="ray-train",
+            storage_path=config["stage_dir"],
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": workers.env} if workers.env else None,
+        ),
+    )
 
 
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
@@ -170,11 +202,11 @@ def _worker(config: dict[str, Any]) -> None:
         import torch.distributed as dist
 
         from itune_ray.train.loop import train_rank
-        from itune_ray.train.outcome import write_outcome
+        from itune_ray.train.outcome import read_outcome, write_outcome
 
     job = TrainJob.model_validate_json(config["job"])
     board = config["board"]
-    if ray.get(board.failure.remote()) is not None:
+    if ray.get(board.failure.remote()) is not None or read_outcome(config["out"]) is not None:
         return
     if not job.workers.gpus_each:
         torch.set_num_threads(job.workers.torch_threads or 1)
@@ -189,6 +221,8 @@ def _worker(config: dict[str, Any]) -> None:
             leaving=_noticed,
             stop_at=config["stop_at"],
         )
+    except UnreadableError:
+        raise  # another attempt may find the storage well again
     except ITuneError as error:
         ray.get(board.fail.remote(error))
         dist.destroy_process_group()

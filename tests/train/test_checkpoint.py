@@ -1,8 +1,10 @@
 """What a checkpoint promises: complete or not there, told from a damaged one, written while training goes on."""
 
+import errno
 import json
 import time
 
+import pyarrow.fs as pafs
 import pytest
 import tiny
 import torch
@@ -10,7 +12,8 @@ from ranks import STRATEGIES, run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from itune_ray.errors import TrainError
+from itune_ray.data import storage
+from itune_ray.errors import TrainError, UnreadableError
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
@@ -86,6 +89,34 @@ def test_without_a_whole_checkpoint_it_starts_again(folder, whole, tmp_path):
     for step in saved(tmp_path):
         flip(tmp_path / "checkpoint" / f"step-{step:06d}" / ".metadata")
     train_local(job, tiny.chats(40), str(tmp_path))
+    assert figures(tmp_path) == figures(whole)
+
+
+def unreadable(monkeypatch, name):
+    """Reading files of this name fails, as on a network disk that is away."""
+
+    class Disk(pafs.LocalFileSystem):
+        def open_input_stream(self, path, **settings):
+            if path.endswith(name):
+                raise OSError(errno.ETIMEDOUT, "Connection timed out")
+            return super().open_input_stream(path, **settings)
+
+    monkeypatch.setattr(pafs, "LocalFileSystem", Disk)
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0,))
+
+
+@pytest.mark.parametrize("what", ["checkpoint/step-000004/complete.json", "__0_0.distcp", ".metadata"])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept_and_not_passed_over(folder, whole, tmp_path, monkeypatch, what):
+    job = job_of(folder)
+    prepared = prepare_locally(job, tiny.chats(40), str(tmp_path))
+    with pytest.raises(StoppedRun):
+        train_rank(job, prepared, str(tmp_path), on_place=stop_at_step(6))
+    with monkeypatch.context() as patched:
+        unreadable(patched, what)
+        with pytest.raises(UnreadableError, match="timed out"):
+            train_rank(job, prepared, str(tmp_path))
+    assert saved(tmp_path) == [2, 4]
+    train_rank(job, prepared, str(tmp_path))
     assert figures(tmp_path) == figures(whole)
 
 

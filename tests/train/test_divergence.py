@@ -52,5 +52,14 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(folder, t
     assert [folder.name for folder in (tmp_path / "checkpoint").iterdir()] == ["step-000002"]
 
 
+def test_a_restart_forgets_no_loss(folder, tmp_path):
+    """Three steps make a window; the run is stopped after two of them."""
+    settings = {"steps": 40, "batch": 4, "checkpoint": {"every_steps": 2}, "clip_norm": None}
+    job = tiny.job(folder, **settings, optimizer={"type": "adamw", "lr": 3.0}, divergence=STRICT)
+    train_local(job, tiny.chats(16), str(tmp_path), stop_at=2)
+    with pytest.raises(TrainError, match="diverged at step 3"):
+        train_local(job, tiny.chats(16), str(tmp_path))
+
+
 def test_when_to_give_up_does_not_change_what_a_job_is():
     assert tiny.job("m").identity() == tiny.job("m", divergence=None).identity()

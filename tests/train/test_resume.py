@@ -10,7 +10,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from stores import disk
 
-from itune_ray.errors import StorageError, TrainError
+from itune_ray.errors import ITuneError, StorageError, TrainError
 from itune_ray.train import loop as loop_module
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
@@ -121,6 +121,41 @@ def test_a_checkpoint_of_another_shape_is_one_clear_line(folder, tmp_path):
     train_local(job_of(folder, steps=3, **{"model.peft": {"type": "lora", "rank": 4}}), records, str(tmp_path))
     with pytest.raises(TrainError, match="checkpoint cannot be resumed"):
         train_local(job_of(folder, **{"model.peft": {"type": "lora", "rank": 8}}), records, str(tmp_path))
+
+
+@pytest.mark.parametrize("peft", [{"type": "full"}, {"type": "lora", "rank": 4}])
+def test_a_checkpoint_of_another_model_of_the_same_shape_is_one_clear_line(folder, tmp_path, peft):
+    records, stage = tiny.chats(40), str(tmp_path / "stage")
+    train_local(job_of(folder, steps=3, **{"model.peft": peft}), records, stage)
+    other = tiny.llama(tmp_path / "other", seed=7)
+    with pytest.raises(TrainError, match=r"began with another model.*`model\.path`"):
+        train_local(job_of(other, **{"model.peft": peft}), records, stage)
+
+
+def leave_at_load(job, stage):
+    """Rank 1 goes when the checkpoint is read; what rank 0 then sees."""
+    if torch.distributed.get_rank() == 1:
+
+        def go(*_):
+            torch.distributed.destroy_process_group()
+            raise Killed
+
+        loop_module.Checkpoints.load = go
+    try:
+        train_rank(job, prepare_locally(job, [], stage), stage)
+    except (Exception, Killed) as error:  # noqa: BLE001  whatever it is, its kind is what is asked for
+        return type(error)
+
+
+@pytest.mark.real
+def test_a_rank_lost_while_a_checkpoint_is_read_is_no_fault_of_the_checkpoint(folder, tmp_path):
+    """An error of the project's own would end the run for good, instead of another attempt."""
+    job = job_of(folder, strategy={"type": "fsdp2"})
+    with pytest.raises(Killed):
+        train_local(job, tiny.chats(40), str(tmp_path), stop_after(4))
+    kinds = run_ranks(2, leave_at_load, job, str(tmp_path))
+    assert kinds[1] is Killed
+    assert not issubclass(kinds[0], ITuneError)
 
 
 def test_storage_that_is_no_local_disk(folder, tmp_path, monkeypatch):

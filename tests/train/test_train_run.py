@@ -86,8 +86,10 @@ def test_two_workers_train_what_one_process_trains(local_ray, folder, tmp_path, 
     job = two_workers(folder, steps=steps, checkpoint={"every_steps": 70 if kill_at else 5})
     train_local(job, records, str(tmp_path / "one"))
     prepared, environment = prepare(job, records, stage), dict(os.environ)
+    interrupted = signal.getsignal(signal.SIGINT)
     outcome = fit(job, prepared, stage, on_progress)
     assert dict(os.environ) == environment, "Ray Train's settings would be its user's for what this process starts"
+    assert signal.getsignal(signal.SIGINT) == interrupted
     assert outcome.steps == steps
     assert [step for step, _ in losses(stage)] == list(range(1, steps + 1))
     assert (len(seen) > steps) == bool(kill_at)  # steps since the last checkpoint were taken twice
@@ -106,6 +108,50 @@ def test_an_error_of_the_users_is_raised_once_and_not_retried(local_ray, folder,
     job = two_workers(folder, **diverging)
     stage = str(tmp_path)
     with pytest.raises(TrainError, match=r"not finite at step 2.*optimizer\.lr"):
+        fit(job, prepare(job, tiny.chats(40), stage), stage)
+
+
+DIES_WHILE_IT_STARTS = """
+import os, pathlib, signal, sys, threading, time
+
+def wait_for_torch():
+    while not hasattr(sys.modules.get("torch.distributed"), "init_process_group"):
+        time.sleep(0.001)
+    joined = sys.modules["torch.distributed"].init_process_group
+
+    def join(*args, **settings):  # when Ray Train holds the workers' places
+        try:
+            (pathlib.Path(__file__).parent / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return joined(*args, **settings)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.modules["torch.distributed"].init_process_group = join
+
+threading.Thread(target=wait_for_torch, daemon=True).start()
+"""
+
+
+@pytest.mark.soak
+def test_workers_of_which_one_dies_while_they_start_are_started_anew(local_ray, folder, tmp_path):
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
+
+    (tmp_path / "sitecustomize.py").write_text(DIES_WHILE_IT_STARTS)
+    workers = {"num": 2, "max_failures": 1, "cpus_each": 4, "env": {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}}
+    job, stage = two_workers(folder, steps=3, workers=workers), str(tmp_path / "stage")
+    assert fit(job, prepare(job, tiny.chats(40), stage), stage).steps == 3
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.soak
+def test_workers_that_cannot_start_are_one_line(local_ray, folder, tmp_path):
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
+
+    workers = {"num": 2, "max_failures": 0, "env": {"GLOO_SOCKET_IFNAME": "no-such-interface"}}
+    job, stage = two_workers(folder, workers=workers), str(tmp_path)
+    with pytest.raises(TrainError, match=r"failed to start too often: .*interface.*workers\.max_failures"):
         fit(job, prepare(job, tiny.chats(40), stage), stage)
 
 
