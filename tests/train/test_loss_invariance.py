@@ -33,9 +33,13 @@ MORE = {
     "simpo": ({"type": "simpo"}, tiny.pairs),
     "rrhf": ({"type": "rrhf"}, tiny.ranked),
     "kd jsd": ({"type": "kd", "k": 4, "divergence": "jsd"}, tiny.distributions),
+    "kd reverse": ({"type": "kd", "k": 4, "divergence": "reverse"}, tiny.distributions),
     "orpo": ({"type": "orpo", "weight": 0.5}, tiny.pairs),
 }
 """Objectives that share their machinery with those above: fewer divisions each."""
+ALL = OBJECTIVES | MORE | {"reward": ({"type": "reward", "center": 0.1}, tiny.pairs)}
+"""`test_reward` divides the work of the last in fewer ways too."""
+DIVISIONS = list(itertools.product(STRATEGIES, (1, 2), (1, 4), (False, True)))
 CASES = [
     (objective, strategy, world, accumulation, packing)
     for objective, strategy, world, accumulation in itertools.product(OBJECTIVES, STRATEGIES, (1, 2), (1, 4))
@@ -44,11 +48,17 @@ CASES = [
 ]
 CASES += [(name, *PLAIN) for name in MORE]
 CASES += [(name, *division) for name, division in itertools.product(MORE, (("ddp", 1, 4, True), ("fsdp2", 2, 1, True)))]
+CASES.append(("kd reverse", "fsdp2", 2, 4, False))
+STEADY = {"type": "adamw", "lr": 1e-3, "eps": 1e-5}
+"""Adam's first step divides a gradient by its own size, also one that is mere rounding: a reward's second loss shows
+it."""
 
 
 def job_of(folder, objective, strategy, world, accumulation, packing, **overrides):
     rows = 8 if packing else BATCH  # packing roughly halves the rows of these documents
-    config = (OBJECTIVES | MORE)[objective][0]
+    config = ALL[objective][0]
+    if config["type"] == "reward":
+        overrides = {"optimizer": STEADY, **overrides}
     longest = tiny.job(folder, objective=config).longest_document
     return tiny.job(
         folder,
@@ -70,26 +80,41 @@ def train_cases(cases):
     return figures
 
 
-@pytest.fixture(scope="module")
-def figures(folder, tmp_path_factory):
+def figures_of(cases, folder, tmp_path_factory):
     """Case -> (loss, grad norm) per step; documents are very unequal."""
     prepared = {}
-    for case in CASES:
+    for case in cases:
         stage = str(tmp_path_factory.mktemp("stage"))
-        job, rows = job_of(folder, *case), (OBJECTIVES | MORE)[case[0]][1]
+        job, rows = job_of(folder, *case), ALL[case[0]][1]
         prepare_locally(job, rows(2 * BATCH), stage)
         prepared[case] = (job, stage)
     result = {}
     for world in (1, 2):
-        chosen = [case for case in CASES if case[2] == world]
+        chosen = [case for case in cases if case[2] == world]
         trained = run_ranks(world, train_cases, [prepared[case] for case in chosen])[0]
         result |= dict(zip(chosen, trained, strict=True))
     return result
 
 
+@pytest.fixture(scope="module")
+def figures(folder, tmp_path_factory):
+    return figures_of(CASES, folder, tmp_path_factory)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradient_norm_are_the_same_however_the_work_is_divided(figures, case):
     torch.testing.assert_close(figures[case], figures[case[0], *PLAIN], rtol=1e-5, atol=0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("objective", [name for name in ALL if name != "sft"])
+def test_and_in_all_other_ways(folder, tmp_path_factory, objective):
+    rest = [(objective, *d) for d in DIVISIONS if d == PLAIN or (objective, *d) not in CASES]
+    found = figures_of(rest, folder, tmp_path_factory)
+    for case in rest:
+        torch.testing.assert_close(
+            found[case], found[objective, *PLAIN], rtol=1e-5, atol=0, msg=lambda text, case=case: f"{case}: {text}"
+        )
 
 
 def test_the_loss_is_the_closed_form(figures, folder):
@@ -144,7 +169,7 @@ def test_a_rank_without_rows_neither_hangs_nor_counts(folder, tmp_path):
     """One document a step for two ranks, against one process by ddp."""
     jobs, one = [], []
     for objective, strategy in ALONE:
-        config, rows = (OBJECTIVES | MORE)[objective]
+        config, rows = ALL[objective]
         settings = {"steps": 2, "batch": 1, "objective": config}
         stage = tmp_path / objective / strategy
         if strategy == "ddp":
