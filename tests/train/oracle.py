@@ -9,16 +9,19 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from itune_ray.data.batches import Batch, collate, model_inputs
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable
 from itune_ray.data.records import Record
 from itune_ray.model.logprobs import install_fused_head
+from itune_ray.train.loop import train_local
+from itune_ray.train.metrics import read_metrics
 from itune_ray.train.objectives import build_objective
 from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.prepare import prepare_locally
+from itune_ray.train.strategies.ddp import Ddp
 
 Segments = list[Tensor]
 """Log-probabilities of each segment's supervised tokens, segments in the order of the batch."""
@@ -81,9 +84,13 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def assert_same(mine: tuple[Any, ...], theirs: tuple[Any, ...], rtol: float = 1e-4) -> None:
     """Loss to 1e-5, every gradient to `rtol` of its largest entry."""
     assert mine[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-7)
-    assert mine[1].keys() == theirs[1].keys()
-    for name, expected in theirs[1].items():
-        assert float((mine[1][name] - expected).abs().max()) <= rtol * float(expected.abs().max()), name
+    assert_same_gradients(mine[1], theirs[1], rtol)
+
+
+def assert_same_gradients(mine: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float = 1e-4) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert float((mine[name] - expected).abs().max()) <= rtol * float(expected.abs().max()), name
         assert float(expected.abs().max()) > 0, name
 
 
@@ -92,7 +99,8 @@ def pair_job(folder: Path, objective: dict[str, Any], packing: bool) -> Any:
 
 
 def trl_steps(trainer: Any, config: Any, folder: Path, out: Path, data: list[dict[str, Any]], **settings: Any) -> Any:
-    """What one of TRL's trainers logs per step on the tiny model, in fp32 on CPU by AdamW at a constant rate.
+    """What one of TRL's trainers logs per step on the tiny model, in fp32 on CPU by AdamW at a constant rate, and the
+    step's `gradients` by parameter.
 
     Args:
         trainer, config: TRL's classes.
@@ -122,8 +130,31 @@ def trl_steps(trainer: Any, config: Any, folder: Path, out: Path, data: list[dic
     }
     arguments = config(output_dir=str(out), **{**shared, **settings})
     made = trainer(model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=words)
+    seen: list[dict[str, Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(gradients(kwargs["model"]))
+
+    made.add_callback(Watch())
     made.train()
-    return [row for row in made.state.log_history if "loss" in row]
+    logged = [row for row in made.state.log_history if "loss" in row]
+    return [{**row, "gradients": found} for row, found in zip(logged, seen, strict=True)]
+
+
+def our_steps(job: Any, rows: list[Record], out: Path) -> list[dict[str, Any]]:
+    """What a run of ours logs per step, and the step's `gradients` by parameter; for one process by ddp."""
+    seen: list[dict[str, Tensor]] = []
+    step = Ddp.step
+
+    def watched(self: Any, *args: Any) -> float:
+        seen.append(gradients(self._model))
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ddp, "step", watched)
+        train_local(job, rows, str(out))
+    return [{**row, "gradients": found} for row, found in zip(read_metrics(str(out)), seen, strict=True)]
 
 
 def trl_pairs(rows: list[Record]) -> list[dict[str, str]]:

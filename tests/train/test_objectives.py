@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from oracle import trl_steps
+from oracle import assert_same_gradients, our_steps, trl_steps
 from torch.nn.functional import logsigmoid
 
 from itune_ray.config.objectives import DpoConfig
@@ -13,8 +13,6 @@ from itune_ray.data.batches import Batch, collate
 from itune_ray.data.chat import ChatRenderer
 from itune_ray.data.order import PackedTable
 from itune_ray.model.logprobs import TokenScores
-from itune_ray.train.loop import train_local
-from itune_ray.train.metrics import read_metrics
 from itune_ray.train.objectives.dpo import REFERENCE, Dpo
 from itune_ray.train.prepare import prepare_locally
 
@@ -92,14 +90,15 @@ def test_a_packed_row_must_hold_a_pair(folder):
 
 
 def test_sft_equals_trls_trainer(folder, tmp_path):
-    """Three steps of loss and gradient norm, theirs over four accumulated micro-batches of very unequal answers."""
+    """Three steps of loss and every gradient, theirs over four accumulated micro-batches of very unequal answers."""
     trl = pytest.importorskip("trl")
     rows, template = tiny.chats(8), ChatRenderer(tiny.tokenizer())
     data = [{"prompt": template.prompt_text(r.prompt), "completion": f"{r.response}<|im_end|>"} for r in rows]
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     bare = {"processing_class": tiny.tokenizer(None)}
     theirs = trl_steps(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path / "trl", data, **parts, **bare)
-    train_local(tiny.job(folder, batch=8, clip_norm=None), rows, str(tmp_path / "ours"))
-    ours = read_metrics(str(tmp_path / "ours"))
+    ours = our_steps(tiny.job(folder, batch=8, clip_norm=None), rows, tmp_path / "ours")
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
     assert [row["grad_norm"] for row in ours] == pytest.approx([row["grad_norm"] for row in theirs], rel=1e-4)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_same_gradients(mine["gradients"], other["gradients"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from oracle import trl_steps
+from oracle import assert_same_gradients, our_steps, trl_steps
 from ranks import STRATEGIES, run_ranks
 from transformers import AutoModelForSequenceClassification
 
@@ -68,7 +68,7 @@ def reward_folder(folder: Path, out: Path) -> Path:
 
 
 def test_three_steps_equal_trls_trainer(folder, tmp_path):
-    """Loss and gradient norm, with margins and centred rewards, from a model that has its head."""
+    """Loss and every gradient, with margins and centred rewards, from a model that has its head."""
     trl = pytest.importorskip("trl")
     start = reward_folder(folder, tmp_path / "start")
     rows = [replace(row, meta={"lead": 0.25 * (row.position % 3)}) for row in tiny.pairs(8)]
@@ -80,11 +80,12 @@ def test_three_steps_equal_trls_trainer(folder, tmp_path):
     settings = {"center_rewards_coefficient": 0.1, "disable_dropout": True, "model": model}
     theirs = trl_steps(trl.RewardTrainer, trl.RewardConfig, start, tmp_path / "trl", data, **settings)
     objective = {**REWARD, "margin": "lead", "center": 0.1}
-    train_local(reward_job(start, objective=objective, micro_batch=2), rows, str(tmp_path / "ours"))
-    ours = read_metrics(str(tmp_path / "ours"))
+    ours = our_steps(reward_job(start, objective=objective, micro_batch=2), rows, tmp_path / "ours")
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=2e-4)
     assert [row["reward_accuracy"] for row in ours] == pytest.approx([row["accuracy"] for row in theirs])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_same_gradients(mine["gradients"], other["gradients"])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
