@@ -164,6 +164,28 @@ def test_prompt_logprobs_equal_hugging_face(engine, loop, hf):
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("asked", [{"logprobs": 5}, {"logprob_token_ids": (40, 43, 86)}], ids=["top", "named"])
+def test_logprobs_are_those_at_temperature_one_however_hot_the_sampling(engine, loop, hf, asked):
+    import torch
+
+    model, _ = hf
+    ids, heats = (1, *range(40, 90, 3)), (0.5, 2.0)
+    sampling = replace(SAMPLED, n=1, prompt_logprobs=0, **asked)
+    requests = [Request(id=f"{t}", token_ids=ids, sampling=replace(sampling, temperature=t)) for t in heats]
+    for temperature, completion in zip(heats, on_loop(loop, engine.generate(requests)), strict=True):
+        (sample,) = completion.samples
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, *sample.token_ids]])).logits[0].float()
+        assert all(token in e and len(e) > 1 for token, e in zip(sample.token_ids, sample.logprobs, strict=True))
+        entries = [*completion.prompt_logprobs[1:], *sample.logprobs]
+        found = [(place, token, value) for place, entry in enumerate(entries) for token, value in entry.items()]
+        places, tokens, values = map(list, zip(*found, strict=True))
+        raw, heated = (torch.log_softmax(logits / t, -1)[places, tokens].tolist() for t in (1.0, temperature))
+        assert values == pytest.approx(raw, abs=1e-4)
+        assert values != pytest.approx(heated, abs=0.1)
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("trained_tokens", [(), (261, 269, 286, 403, 262)], ids=["matrices", "and token rows"])
 def test_adapters_equal_hugging_face_with_peft(engine, loop, hf, folder, tmp_path, trained_tokens):
     import torch
