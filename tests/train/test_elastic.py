@@ -1,4 +1,5 @@
-"""Ranks come and go: the curve is that of a fixed run, with dropout, packing and mixing; bit for bit on the same."""
+"""Ranks come and go: the curve is that of a fixed run, with dropout, packing, mixing and a curriculum; on as many ranks
+bit for bit."""
 
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ STEPS = 50
 CASES = {
     "full fsdp2, dropout in attention": {"strategy": {"type": "fsdp2"}},
     "lora ddp, dropout in attention and adapter": {"model.peft": {"type": "lora", "rank": 4, "dropout": 0.2}},
+    "full ddp, dropout in attention, easy rows first": {"curriculum": {"start": 0.2}},
 }
 
 
@@ -31,8 +33,11 @@ def job_of(folder, **overrides):
 
 
 def mixed(count):
-    """Rows of three weights: left out, used as they are, or repeated in an epoch."""
-    return [replace(record, weight=(0.5, 1.0, 2.0)[record.position % 3]) for record in tiny.chats(count)]
+    """Rows of three weights, left out, used as they are, or repeated in an epoch, and of seven difficulties."""
+    return [
+        replace(r, weight=(0.5, 1.0, 2.0)[r.position % 3], meta={"curriculum": {"difficulty": r.position % 7}})
+        for r in tiny.chats(count)
+    ]
 
 
 def train_until(runs):
