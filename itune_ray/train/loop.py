@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.adaptation import SUPPORT
 from itune_ray.config.train import TrainJob
+from itune_ray.data.ahead import Ahead
 from itune_ray.data.batches import Batch, collate
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.records import Record, row_seed
@@ -235,6 +236,7 @@ class Loop:
         self._leaving, self._left = leaving or (lambda: False), False
         self._job, self._rows, self._stepper, self._checkpoints = job, rows, stepper, checkpoints
         self._table, self._held_out = rows.table, held_out
+        self._ahead = Ahead(self._share, rows.table.plan.steps)
         self._stage_dir, self._world = stage_dir, stepper.world
         self._optimizers: Optimizers = stepper.optimizers
         self._total = rows.table.plan.steps
@@ -367,11 +369,14 @@ class Loop:
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step; every rank makes as many micro-batches as the fullest."""
-        rows = self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
+        rows = self._ahead(step)
         most = -(-self._table.num_rows(step) // self._world.size)
         if not self._draws:
             return step_batches(rows, most, self._job.micro_batch, self._rows.pad, self._stepper)
         return seeded(step_batches(rows, most, 1, self._rows.pad, self._stepper), rows, self._job.seed, step)
+
+    def _share(self, step: int) -> list[PackedRow]:
+        return self._rows.attached(self._table.rows(step, self._world.rank, self._world.size))
 
 
 def _finite(result: StepResult) -> bool:
