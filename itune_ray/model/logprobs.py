@@ -59,6 +59,8 @@ class TokenScores(NamedTuple):
     """How a mixture of experts spread the micro-batch's tokens, where `router_tokens` asked for it."""
     pooled: Pooled | None = None
     """Means over each document, where `pool_at` asked for them (`itune_ray.model.pooling`)."""
+    ids: Tensor | None = None
+    """[N, K] int64 the likeliest tokens in their order, where `top_k` asked for them."""
 
 
 class LogitTransform(NamedTuple):
@@ -85,7 +87,8 @@ def install_fused_head(model: nn.Module) -> None:
     """Let `model(..., labels=labels, token_scores=True)` return `TokenScores`; without the flag nothing changes.
 
     `score_ids` [N, K] asks for the log-probabilities of K distinct tokens at each of the N supervised positions too,
-    `router_tokens` [B, T] for the router load of the tokens it marks.
+    `top_k` for those of the K likeliest, which are named as well, and `router_tokens` [B, T] for the router load of the
+    tokens it marks.
 
     Install it before PEFT wraps the model, and the model before it is sharded. The head and the backbone are looked
     up at each call, since both wrap them in place.
@@ -101,6 +104,7 @@ def install_fused_head(model: nn.Module) -> None:
         token_scores: bool = False,
         labels: Tensor | None = None,
         score_ids: Tensor | None = None,
+        top_k: int | None = None,
         router_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -113,7 +117,8 @@ def install_fused_head(model: nn.Module) -> None:
         hidden = outputs.last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         wanted = targets != -100
-        scores = score_tokens(hidden[wanted], targets[wanted], self.get_output_embeddings(), transform, score_ids)
+        head = self.get_output_embeddings()
+        scores = score_tokens(hidden[wanted], targets[wanted], head, transform, score_ids, top_k)
         if router_tokens is None:
             return scores
         return scores._replace(router=router_load(self, outputs.router_logits, router_tokens))
@@ -127,8 +132,10 @@ def score_tokens(
     head: nn.Module,
     transform: LogitTransform = IDENTITY,
     ids: Tensor | None = None,
+    top_k: int | None = None,
 ) -> TokenScores:
-    """Scores of targets [N], and of ids [N, K], given hidden states [N, H] and the language-model head."""
+    """Scores of targets [N], and of ids [N, K] or the `top_k` likeliest tokens, given hidden states [N, H] and the
+    language-model head."""
     if type(head) is nn.Linear and head.bias is None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -136,22 +143,30 @@ def score_tokens(
         if missing and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
             hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
             ids = None if ids is None else pad(ids, (0, 0, 0, missing))
-        scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids)
+        scored: Any = _ChunkedScores.apply(hidden, head.weight, targets, transform, ids, top_k)
         # Copied, since FSDP2 hangs its backward on what a model returns, and a view would lose that in place.
-        scores: Any = (s if s is None or len(s) == count else s[:count].clone() for s in scored)
-        return TokenScores(*scores)
-    return _score_by_module(hidden, targets, head, transform, ids)
+        scores: Any = [s if s is None or len(s) == count else s[:count].clone() for s in scored]
+        return TokenScores(*scores[:4], ids=scores[4])
+    return _score_by_module(hidden, targets, head, transform, ids, top_k)
 
 
 def _score_by_module(
-    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, ids: Tensor | None
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    transform: LogitTransform,
+    ids: Tensor | None,
+    top_k: int | None,
 ) -> TokenScores:
     """Heads that are more than a matrix (adapters, trainable token rows, a bias): each chunk under checkpointing."""
 
     def chunk_scores(hidden: Tensor, targets: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
         log_p = transform(head(hidden).float()).log_softmax(-1)
         scores = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-        return scores if ids is None else (*scores, log_p.gather(-1, ids), _others(log_p, ids).logsumexp(-1))
+        asked = ids if top_k is None else _likeliest(log_p, top_k)
+        if asked is None:
+            return scores
+        return (*scores, log_p.gather(-1, asked), _others(log_p, asked).logsumexp(-1), asked)
 
     rows = _rows_per_chunk(_num_words(head), hidden)
     ids_of_chunks = itertools.repeat(None) if ids is None else ids.split(rows)
@@ -159,8 +174,20 @@ def _score_by_module(
         checkpoint(chunk_scores, h, y, i, use_reentrant=False)
         for h, y, i in zip(hidden.split(rows), targets.split(rows), ids_of_chunks, strict=False)
     ]
-    joined: Any = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return TokenScores(*joined)
+    joined: Any = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    return TokenScores(*joined[:4], ids=None if top_k is None else joined[4])
+
+
+def _likeliest(log_p: Tensor, top_k: int) -> Tensor:
+    """The k likeliest tokens [N, k] of log-probabilities [N, V]."""
+    if top_k > log_p.shape[-1]:
+        raise ModelError(
+            "more of the likeliest tokens are asked for than the vocabulary has",
+            got=top_k,
+            allowed=f"at most {log_p.shape[-1]}",
+            knob="objective.k",
+        )
+    return log_p.detach().topk(top_k).indices
 
 
 def _others(scores: Tensor, ids: Tensor) -> Tensor:
@@ -174,17 +201,27 @@ class _ChunkedScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform, ids: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        ids: Tensor | None,
+        top_k: int | None,
     ) -> Any:
         head = _Head(hidden, weight)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(log_probs)
+        named = None if top_k is None else targets.new_empty(len(hidden), top_k)
+        ids = ids if named is None else named
         at = None if ids is None else log_probs.new_empty(ids.shape)
         tail = None if ids is None else torch.empty_like(log_probs)
         chunks, kept = _chunks(hidden, weight.shape[0]), None
         for rows in chunks:
             log_p = transform(head.logits(hidden[rows])).log_softmax(-1)
             log_probs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
+            if named is not None and top_k is not None:
+                named[rows] = _likeliest(log_p, top_k)
             if ids is not None and at is not None and tail is not None:
                 at[rows] = log_p.gather(-1, ids[rows])
                 tail[rows] = _others(log_p, ids[rows]).logsumexp(-1)
@@ -194,7 +231,7 @@ class _ChunkedScores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, entropy, ids, tail)
         ctx.transform, ctx.kept = transform, kept
         ctx.set_materialize_grads(False)
-        return log_probs, entropy, at, tail
+        return log_probs, entropy, at, tail, named
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -208,12 +245,12 @@ class _ChunkedScores(torch.autograd.Function):
             if kept is not None and grads[0] is not None and not others:
                 grad = _target_gradient(kept, targets, grads[0])
             else:
-                grad = _logit_gradient(ctx, head.logits(hidden[rows]), rows, grads)
+                grad = _logit_gradient(ctx, head.logits(hidden[rows]), rows, grads[:4])
             if grad_hidden is not None:
                 grad_hidden[rows] = head.hidden_gradient(grad)
             if grad_weight is not None:
                 head.add_weight_gradient(grad_weight, grad, hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _target_gradient(p: Tensor, targets: Tensor, grad: Tensor) -> Tensor:

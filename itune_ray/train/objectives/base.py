@@ -44,7 +44,7 @@ class Objective(Protocol):
         """N_k of one micro-batch by term, without a forward pass."""
         ...
 
-    def head_inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def head_inputs(self, batch: Batch) -> Mapping[str, Tensor | int]:
         """What the fused head is asked beside the labels; see `install_fused_head`."""
         ...
 
