@@ -33,7 +33,7 @@ class StepResult:
     units: dict[str, float]
     """N_k over all ranks."""
     metrics: dict[str, float]
-    """What the objective reports, divided by global units."""
+    """What the objective reports, divided by global units; nothing where there are none."""
     leaving: bool = False
     """Whether any rank's machine is about to be taken away."""
 
@@ -62,7 +62,8 @@ class Stepper:
 
         What `leaving` says travels with the step's sums: a collective of its own cost 7 % of the time of small steps.
         """
-        units = self._global_units(micro_batches)
+        counts = self._global_units(micro_batches)
+        units = {term: max(count, 1.0) for term, count in counts.items()}
         parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         metric_units: dict[str, str] = {}
         penalty: torch.Tensor | None = None
@@ -93,13 +94,13 @@ class Stepper:
         totals = dict(zip(parts, summed, strict=True))
         coefficients = self.objective.coefficients
         value = sum(c * totals[f"loss/{term}"] / units[term] for term, c in coefficients.items())
-        metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items()}
+        metrics = {name: totals[name] / units[unit] for name, unit in metric_units.items() if counts[unit]}
         if self.router_weight:
             metrics[ROUTER_LOSS] = totals[ROUTER_LOSS]
             value += self.router_weight * totals[ROUTER_LOSS]
         if penalty is not None:
             metrics["penalty"] = float(penalty.detach())
-        return StepResult(value, grad_norm, units, metrics, leaving_ranks > 0)
+        return StepResult(value, grad_norm, counts, metrics, leaving_ranks > 0)
 
     def _global_units(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         counts: dict[str, float] = defaultdict(float)
@@ -108,7 +109,7 @@ class Stepper:
                 counts[term] += count
         names = sorted(counts)
         totals = self.world.sum([counts[name] for name in names])
-        return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
+        return dict(zip(names, totals, strict=True))
 
     def scores(self, batch: Batch) -> TokenScores:
         """One forward pass of a micro-batch on this rank's device."""

@@ -76,8 +76,9 @@ class Validation:
                     of[name] = metric.unit, metric.proportion
         totals = dict(zip(sums, world.sum(list(sums.values())), strict=True))
         counts = dict(zip(units, world.sum(list(units.values())), strict=True))
+        terms = objective.coefficients.items()
         row: dict[str, Any] = {
-            "loss": sum(c * totals[f"loss/{term}"] / counts[term] for term, c in objective.coefficients.items()),
+            "loss": sum(c * totals[f"loss/{term}"] / max(counts[term], 1.0) for term, c in terms),
             **{name: totals[name] / counts[unit] for name, (unit, _) in of.items() if counts[unit]},
             "n": int(counts[next(iter(objective.coefficients))]),
         }
