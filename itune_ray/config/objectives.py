@@ -8,7 +8,9 @@ from itune_ray.config.base import Schema
 from itune_ray.config.classify import ClassifyConfig
 from itune_ray.config.shared import Positive
 
-Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions", "classes"]
+Rows = Literal["answers", "pairs", "compared", "labelled", "ranked", "distributions", "classes", "adapted"]
+Supervise = Literal["assistant", "last_assistant", "all"]
+"""Which tokens of a chat count."""
 
 
 class SftConfig(Schema):
@@ -20,7 +22,7 @@ class SftConfig(Schema):
     silent_at_default = frozenset({"vision", "fusion"})
 
     type: Literal["sft"] = "sft"
-    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
+    supervise: Supervise = "assistant"
     """Which tokens of a chat count: every assistant turn with its end-of-turn token, the last one, or all. Text rows
     are always supervised whole."""
     vision: Annotated[float, Field(ge=0)] = 0.0
@@ -162,6 +164,25 @@ class KdConfig(Schema):
     """Weight of the divergence; the rest goes to the negative log-likelihood of the answer itself."""
 
 
+class DomainConfig(Schema):
+    """Domain adaptation (survey eq. 10): negative log-likelihood of the domain's rows, those of `data`, and of general
+    ones, those of `replay`, and a term that keeps what is predicted on general rows as it was before the first step.
+    Each is per supervised token of its own rows."""
+
+    rows: ClassVar[Rows] = "adapted"
+
+    type: Literal["domain"] = "domain"
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the domain's rows, however many they are."""
+    beta: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of KL(base || model) on the general rows: larger moves less, and 0 spares the pass over them that writes
+    down what the base says. To try: 0, 0.1 and 1."""
+    k: Positive = 20
+    """The base's likeliest tokens that the divergence tells apart; all others are one bucket."""
+    supervise: Supervise = "assistant"
+    """As for sft."""
+
+
 ObjectiveConfig = Annotated[
     SftConfig
     | DpoConfig
@@ -173,6 +194,7 @@ ObjectiveConfig = Annotated[
     | KtoConfig
     | RrhfConfig
     | KdConfig
+    | DomainConfig
     | ClassifyConfig,
     Field(discriminator="type"),
 ]

@@ -117,8 +117,12 @@ class DivergenceConfig(Schema):
 class ValidationConfig(Schema):
     """Held-out rows, scored by the objective without training on them; writes validation.jsonl."""
 
+    silent_at_default = frozenset({"replayed"})
+
     data: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
     """Each row is scored once, whatever weight it has."""
+    replayed: tuple[MixturePart, ...] = ()
+    """Held-out rows of what was learned before, as those of `replay` are: for objective domain, the general ones."""
     every_steps: Positive | None = None
     """Score so often; the start and the end are always scored."""
 
@@ -245,6 +249,13 @@ class TrainJob(Job):
         if self.objective.type == "reward" and self.model.adapter is not None:
             raise ValueError(
                 "objective reward starts from a whole model: set model.path to the merged one (step://sft/model)"
+            )
+        if self.objective.type == "domain" and self.replay is None:
+            raise ValueError("objective domain adapts to `data` and keeps to general rows: name these in `replay`")
+        if self.objective.type == "domain" and self.reptile is not None:
+            raise ValueError(
+                "objective domain weighs general rows against the domain's, and reptile takes one task at a time: "
+                "leave one out"
             )
         if self.optimizer.type == "muon" and self.strategy.type != "ddp":
             raise ValueError("optimizer muon needs whole matrices: set strategy.type=ddp, or optimizer.type=adamw")

@@ -19,6 +19,8 @@ from itune_ray.data.images import digest_of
 
 UNSAFE = "unsafe"
 """Entry of `meta` that is true in rows made to provoke; they serve evaluation, and no training takes them."""
+REPLAYED = "replayed"
+"""Entry of `meta` that names the part a row of earlier stages is of."""
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": str}`."""

@@ -12,7 +12,7 @@ from itune_ray.data.storage import Folder
 from itune_ray.sweep.scorer import Scoring
 from itune_ray.sweep.trial import TrialPlan
 from itune_ray.train.prepare import PreparedData, preparation_digest, renderer_for
-from itune_ray.train.rows import VALIDATION, read_held_out, read_mixture, validation_job
+from itune_ray.train.rows import VALIDATION, read_held_out, read_rows, validation_job
 from itune_ray.train.run import prepare, version
 
 TRIAL_STAGE = "trial"
@@ -54,7 +54,7 @@ def planned(
         )
         order = _order(point.train, artifact.folder / "data", orders)
         if point.train.validation is not None:
-            held_out, unread = read_held_out(point.train.validation.data)
+            held_out, unread = read_held_out(point.train.validation)
             prepare(validation_job(point.train), held_out, trained.path(VALIDATION), unread)
         plan = TrialPlan(point.train, order, trained.path(), rungs, scoring, metric)
         made.append(Planned(point, plan, trained))
@@ -65,8 +65,10 @@ def _order(job: TrainJob, folder: Folder, orders: dict[str, PreparedData]) -> Pr
     """The training order of a trial, tokenised once for all whose rows, settings, tokenizer and template are equal."""
     plain = job.model.model_copy(update={"peft": LoraConfig(), "adapter": None})  # what a renderer does not depend on
     settings = preparation_digest(job, renderer_for(plain.model_dump_json()))
-    key = digest([content_identity(job.identity()["data"]), settings])
+    identity = job.identity()
+    replayed = [identity["replay"]] if job.replay is not None else []
+    key = digest([content_identity(identity["data"]), settings, *content_identity(replayed)])
     if key not in orders:
-        records, unread = read_mixture(job.data)
+        records, unread = read_rows(job)
         orders[key] = prepare(job, records, (folder / key).uri, unread)
     return orders[key]

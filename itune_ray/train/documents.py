@@ -8,6 +8,7 @@
 | labelled | a chat with an answer and a label, or a pair | one segment per answer, and as many mismatched |
 | ranked | a chat with several scored answers, or a pair | one segment per answer |
 | distributions | a chat with an answer, and a teacher's top-k over it | one segment, k ids and log-probs per token |
+| adapted | as answers; a general one is replayed | as answers, and which segments are general |
 | classes | a chat or text with a label | the text without the label, one segment per label |
 """
 
@@ -19,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from itune_ray.config.objectives import KdConfig, KtoConfig, RewardConfig, RrhfConfig, SftConfig
+from itune_ray.config.objectives import DomainConfig, KdConfig, KtoConfig, RewardConfig, RrhfConfig, SftConfig
 from itune_ray.config.train import TrainJob
 from itune_ray.data.chat import ChatRenderer, Rendered, Supervise, TemplateRewritesHistory, UnusableRow
 from itune_ray.data.order import DOCUMENT_SCHEMA
-from itune_ray.data.records import UNSAFE, Record, row_seed
+from itune_ray.data.records import REPLAYED, UNSAFE, Record, row_seed
 from itune_ray.errors import TrainError
 from itune_ray.train.classes import Classes
 
@@ -32,6 +33,8 @@ MARGIN = "margin"
 ROLE = "role"
 """Column of `labelled`: what each segment is."""
 DESIRABLE, UNDESIRABLE, MISMATCHED = 1, 0, -1
+GENERAL = "general"
+"""Column of `adapted`: 1 for each segment of a general row, 0 for those of the domain."""
 SEGMENTS = "document_segments"
 """Column of documents that have segments in varying number: how many, one per document."""
 SCORE = "score"
@@ -87,7 +90,7 @@ class Answers:
 
     def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
         """See `Documents.document`."""
-        assert isinstance(job.objective, SftConfig)
+        assert isinstance(job.objective, SftConfig | DomainConfig)
         try:
             parts = [rendered(record, renderer, job.objective.supervise)]
         except DocumentError as error:
@@ -109,6 +112,18 @@ def _one_per_answer(record: Record, renderer: ChatRenderer) -> list[Rendered]:
     """Each answer of a dialogue as the last turn of its own chat: what the model sees when it writes that answer."""
     turns = [k for k, m in enumerate(record.messages) if m["role"] == "assistant" and m["content"].strip()]
     return [rendered(replace(record, messages=record.messages[: k + 1]), renderer, "last_assistant") for k in turns]
+
+
+class Adapted(Answers):
+    """An answer or text of the domain, or a general one: those of `meta.replayed`. Reasons are those of `Answers`."""
+
+    schema = pa.schema([*DOCUMENT_SCHEMA, (GENERAL, pa.list_(pa.int8())), (SEGMENTS, pa.list_(pa.int32()))])
+
+    def document(self, record: Record, job: TrainJob, renderer: ChatRenderer) -> Document:
+        """See `Documents.document`."""
+        made = super().document(record, job, renderer)
+        count = len(made["lengths"])
+        return {**made, GENERAL: [int(REPLAYED in record.meta)] * count, SEGMENTS: [count]}
 
 
 class Pairs:
@@ -318,6 +333,7 @@ DOCUMENTS: dict[str, Documents] = {
     "labelled": Labelled(),
     "ranked": Ranked(),
     "distributions": Distributions(),
+    "adapted": Adapted(),
     "classes": Classes(),
 }
 """Kind of rows, as objectives name it in `rows`, to how they become documents."""

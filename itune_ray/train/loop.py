@@ -32,13 +32,12 @@ from itune_ray.train.divergence import Divergence
 from itune_ray.train.gate import check_written, gate_documents, trained_twin
 from itune_ray.train.metrics import MetricsLog
 from itune_ray.train.objectives import build_objective
-from itune_ray.train.objectives.pairs import REFERENCE
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.pictured import shown_for, write_processor
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.randomness import draws, seeded
-from itune_ray.train.reference import Reference, reference_of
+from itune_ray.train.reference import Reference, measure_for, reference_of
 from itune_ray.train.renderer import load_renderer
 from itune_ray.train.reptile import OuterSteps
 from itune_ray.train.rows import VALIDATION, validation_job
@@ -212,10 +211,11 @@ class Rows:
 def _rows(job: TrainJob, order: str, stepper: Stepper, tokenizer: PreTrainedTokenizerBase, stage_dir: str) -> Rows:
     """The rows of an order; where the objective compares with a reference, its pass is made first. Collective."""
     table, pad = PackedTable(order), pad_id(tokenizer)
-    if REFERENCE not in stepper.objective.needs:
+    measure = measure_for(stepper.objective.needs)
+    if measure is None:
         return Rows(table, None, pad)
     folder = (Folder.at(stage_dir) / "reference").uri
-    return Rows(table, reference_of(folder, table, stepper, job.micro_batch, pad), pad)
+    return Rows(table, reference_of(folder, table, measure, stepper, job.micro_batch, pad), pad)
 
 
 class Loop:

@@ -1,45 +1,101 @@
-"""Reference log-probabilities: what the policy said before its first step, as a column of the rows.
+"""What the model said before its first step, as columns of the rows.
 
-The reference is the policy itself at step 0, a continued adapter included, so no second model is ever in memory and DPO
-starts at log 2. One forward-only pass of the loop's own model, strategy, dtype and packing writes a number per segment,
-keyed by row; each rank writes its part, a marker comes last. A finished pass is read again, a half one done anew.
+The reference is the model itself at step 0, a continued adapter included, so no second model is ever in memory, DPO
+starts at log 2 and the divergence from a base at 0. One forward-only pass of the loop's own model, strategy, dtype and
+packing writes the columns of each document, keyed by row; each rank writes its part, a marker comes last. A finished
+pass is read again, a half one done anew.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
-from itune_ray.train.documents import SEGMENTS
+from itune_ray.model.logprobs import TokenScores
+from itune_ray.train.documents import GENERAL, SEGMENTS
 from itune_ray.train.forward import forward_only, micro_batches
-from itune_ray.train.objectives.pairs import REFERENCE, segment_log_probs
+from itune_ray.train.objectives.domain import BASE_IDS, BASE_LOG_PROBS, general_tokens
+from itune_ray.train.objectives.pairs import REFERENCE, segment_lengths, segment_log_probs
 from itune_ray.train.step import Stepper
 
 MARKER = "complete.json"
-SCHEMA = pa.schema([("key", pa.string()), ("log_probs", pa.list_(pa.float64()))])
-"""Per row the summed log-probability of the supervised tokens of each of its segments."""
+Values = NDArray[np.generic]
+"""Of one column, flat."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a reference says of a document."""
+
+    columns: Mapping[str, pa.DataType]
+    """Names, and types of their values."""
+    values: Callable[[TokenScores, Batch], tuple[Tensor, Mapping[str, Tensor]]]
+    """Of a micro-batch: how many values each document has, and those of each column, flat in the documents' order."""
+    concerns: Callable[[PackedRow], bool] = lambda row: True
+    """Whether a packed row has any; the pass leaves out the others."""
+
+
+def _answers(scores: TokenScores, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Summed log-probability of each segment."""
+    return _num_segments(batch), {REFERENCE: segment_log_probs(scores, batch)}
+
+
+def _distributions(scores: TokenScores, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The k likeliest tokens at each general supervised one, and their log-probabilities."""
+    assert scores.ids is not None
+    assert scores.at is not None
+    general = general_tokens(batch)
+    tokens = segment_lengths(batch) * batch.columns[GENERAL]
+    counts = torch.stack([part.sum() for part in tokens.split(_num_segments(batch).tolist())])
+    values = {BASE_IDS: scores.ids[general].flatten(), BASE_LOG_PROBS: scores.at[general].flatten()}
+    return counts * scores.ids.shape[1], values
+
+
+def _num_segments(batch: Batch) -> Tensor:
+    """Segments of each document: two, unless a column says how many."""
+    return batch.columns.get(SEGMENTS, torch.full([sum(map(len, batch.keys))], 2))
+
+
+MEASURES = (
+    Measure({REFERENCE: pa.float64()}, _answers),
+    Measure(
+        {BASE_IDS: pa.int32(), BASE_LOG_PROBS: pa.float32()},
+        _distributions,
+        concerns=lambda row: bool(row.columns[GENERAL].any()),
+    ),
+)
+
+
+def measure_for(needs: Sequence[str]) -> Measure | None:
+    """The measure whose columns an objective needs; None where it compares with nothing."""
+    return next((measure for measure in MEASURES if not measure.columns.keys().isdisjoint(needs)), None)
 
 
 class Reference:
-    """Reference log-probabilities by row key."""
+    """Columns by row key: {column: {key: values}}."""
 
-    def __init__(self, by_key: dict[str, NDArray[np.float64]]):
-        self._by_key = by_key
+    def __init__(self, columns: Mapping[str, Mapping[str, Values]]):
+        self._columns = columns
 
     def attached(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
-        """The rows with the column `reference`, one value per segment."""
-        return [row._replace(columns={**row.columns, REFERENCE: self._of(row)}) for row in rows]
+        """The rows with the columns of their documents."""
+        return [row._replace(columns={**row.columns, **self._of(row)}) for row in rows]
 
-    def _of(self, row: PackedRow) -> NDArray[np.float64]:
-        return np.concatenate([self._by_key[key] for key in row.keys])
+    def _of(self, row: PackedRow) -> dict[str, Values]:
+        return {name: np.concatenate([by_key[key] for key in row.keys]) for name, by_key in self._columns.items()}
 
 
-def reference_of(folder: str, table: PackedTable, stepper: Stepper, micro_batch: int, pad: int) -> Reference:
+def reference_of(
+    folder: str, table: PackedTable, measure: Measure, stepper: Stepper, micro_batch: int, pad: int
+) -> Reference:
     """The reference of all rows of a table, made now or read from an earlier attempt. Collective.
 
     To be called before a checkpoint is loaded: what was built from the job's model is the reference.
@@ -48,46 +104,58 @@ def reference_of(folder: str, table: PackedTable, stepper: Stepper, micro_batch:
         folder: Where it is kept, a path or URI.
     """
     kept = Folder.at(folder)
-    done = kept.exists(MARKER) and kept.read_json(MARKER)["digest"] == table.plan.digest
+    identity = {"digest": table.plan.digest, "columns": list(measure.columns)}
+    done = kept.exists(MARKER) and identity.items() <= kept.read_json(MARKER).items()
     stepper.world.barrier()
     if not done:
         if stepper.world.is_main:
             kept.delete()
         stepper.world.barrier()
-        part = _pass(table, stepper, micro_batch, pad)
+        part = _pass(table, measure, stepper, micro_batch, pad)
         kept.write_table(f"part-{stepper.world.rank:05d}.parquet", part)
         stepper.world.barrier()
         if stepper.world.is_main:
-            kept.write_json(MARKER, {"digest": table.plan.digest, "world": stepper.world.size})
+            kept.write_json(MARKER, {**identity, "world": stepper.world.size})
         stepper.world.barrier()
-    return _read(kept)
+    return _read(kept, measure)
 
 
-def _pass(table: PackedTable, stepper: Stepper, micro_batch: int, pad: int) -> pa.Table:
+def _pass(table: PackedTable, measure: Measure, stepper: Stepper, micro_batch: int, pad: int) -> pa.Table:
     """This rank's part: each packed row that holds a key for the first time, shared out in order."""
-    world, found = stepper.world, dict[str, list[float]]()
+    world = stepper.world
+    keys: list[str] = []
+    columns: dict[str, list[Values]] = {name: [] for name in measure.columns}
     for rows in table.first_rows():
-        total = len(rows)
-        mine = rows[total * world.rank // world.size : total * (world.rank + 1) // world.size]
+        asked = [row for row in rows if measure.concerns(row)]
+        total = len(asked)
+        mine = asked[total * world.rank // world.size : total * (world.rank + 1) // world.size]
         batches = micro_batches(mine, -(-total // world.size), micro_batch, pad, stepper)
         for batch, scores in forward_only(stepper, batches):
-            found |= _by_key(batch, segment_log_probs(scores, batch).tolist())
-    return pa.table({"key": list(found), "log_probs": list(found.values())}, schema=SCHEMA)
+            if not batch.keys:  # a dummy
+                continue
+            keys += (key for row in batch.keys for key in row)
+            counts, values = measure.values(scores, batch)
+            for name, flat in values.items():
+                columns[name] += (part.numpy() for part in flat.cpu().split(counts.tolist()))
+        if world.is_main:
+            left_out = [key for row in rows if not measure.concerns(row) for key in row.keys]
+            keys += left_out
+            for parts in columns.values():
+                parts += [np.empty(0)] * len(left_out)
+    arrays = {name: pa.array(columns[name], pa.list_(kind)) for name, kind in measure.columns.items()}
+    return pa.table({"key": pa.array(keys, pa.string()), **arrays})
 
 
-def _by_key(batch: Batch, values: list[float]) -> dict[str, list[float]]:
-    """Values of the segments under the keys of their documents: two each, unless a column says how many."""
-    keys = [key for row in batch.keys for key in row]
-    counts = batch.columns[SEGMENTS].tolist() if SEGMENTS in batch.columns else [2] * len(keys)
-    ends = accumulate(counts)
-    return {key: values[end - count : end] for key, count, end in zip(keys, counts, ends, strict=True)}
+def _read(folder: Folder, measure: Measure) -> Reference:
+    columns: dict[str, dict[str, Values]] = {name: {} for name in measure.columns}
+    for file in folder.names():
+        if file.endswith(".parquet"):
+            for part in folder.read_table(file).to_batches():
+                for name, by_key in columns.items():
+                    by_key |= zip(part["key"].to_pylist(), _split(part[name]), strict=True)
+    return Reference(columns)
 
 
-def _read(folder: Folder) -> Reference:
-    by_key: dict[str, NDArray[np.float64]] = {}
-    for name in folder.names():
-        if name.endswith(".parquet"):
-            part = folder.read_table(name)
-            values = (np.array(v, dtype=np.float64) for v in part["log_probs"].to_pylist())
-            by_key |= dict(zip(part["key"].to_pylist(), values, strict=True))
-    return Reference(by_key)
+def _split(lists: pa.ListArray) -> list[Values]:
+    values: Values = lists.values.to_numpy()
+    return [values[start:end] for start, end in pairwise(lists.offsets.to_numpy())]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from itune_ray.config.course import Replay
 from itune_ray.config.shared import MixturePart
-from itune_ray.config.train import TrainJob
+from itune_ray.config.train import TrainJob, ValidationConfig
 from itune_ray.data.ledger import Outcome
 from itune_ray.data.mixture import capped_quotas
-from itune_ray.data.records import Record, row_seed
+from itune_ray.data.records import REPLAYED, Record, row_seed
 from itune_ray.errors import DataError
 
 VALIDATION = "validation"
@@ -58,6 +58,11 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
                     rows.append(dataclasses.replace(record, weight=record.weight * part.weight))
                     held_here.add(record.content_hash)
         held_above |= held_here
+    _check_keys(rows)
+    return rows, rejected
+
+
+def _check_keys(rows: Sequence[Record]) -> None:
     twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
     if twice:
         raise DataError(
@@ -66,7 +71,6 @@ def read_mixture(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outco
             allowed="each source once (weight repeats its rows) or sources of different names",
             knob="data.N.source.name",
         )
-    return rows, rejected
 
 
 def read_rows(job: TrainJob) -> tuple[list[Record], list[Outcome]]:
@@ -95,7 +99,7 @@ def replayed(replay: Replay, new: Sequence[Record], seed: int) -> list[Record]:
     total = round(replay.share * math.fsum(row.weight for row in new))
     quotas = capped_quotas([part.weight for part in replay.data], total, [len(memory) for memory in memories])
     return [
-        dataclasses.replace(row, weight=1.0, meta={**row.meta, "replayed": table.name})
+        dataclasses.replace(row, weight=1.0, meta={**row.meta, REPLAYED: table.name})
         for table, memory, quota in zip(tables, memories, quotas, strict=True)
         for row in memory[:quota]
     ]
@@ -103,13 +107,16 @@ def replayed(replay: Replay, new: Sequence[Record], seed: int) -> list[Record]:
 
 def replay_counts(rows: Sequence[Record]) -> dict[str, int]:
     """How many of the rows are replayed, by the part they are of."""
-    return dict(Counter(row.meta["replayed"] for row in rows if "replayed" in row.meta))
+    return dict(Counter(row.meta[REPLAYED] for row in rows if REPLAYED in row.meta))
 
 
-def read_held_out(parts: Sequence[MixturePart]) -> tuple[list[Record], list[Outcome]]:
-    """As `read_mixture`, but each row weighs 1, whatever is said of it: held-out rows are counted, not drawn."""
-    rows, rejected = read_mixture(parts)
-    return [dataclasses.replace(row, weight=1.0) for row in rows], rejected
+def read_held_out(held_out: ValidationConfig) -> tuple[list[Record], list[Outcome]]:
+    """As `read_rows`, but each row weighs 1, whatever is said of it: held-out rows are counted, not drawn."""
+    new, unread = read_mixture(held_out.data)
+    old, unread_too = read_mixture(held_out.replayed)
+    rows = [*new, *(dataclasses.replace(row, meta={**row.meta, REPLAYED: row.source}) for row in old)]
+    _check_keys(rows)
+    return [dataclasses.replace(row, weight=1.0) for row in rows], unread + unread_too
 
 
 def rejection(record: Record, reason: str, detail: str | None = None, score: float = float("nan")) -> Outcome:

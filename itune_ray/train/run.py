@@ -58,7 +58,7 @@ def run(job: TrainJob, runs: RunStore, stage: str, engines: EngineHost, progress
     records, unread = read_rows(job)
     prepared = prepare(job, records, artifact.path(), unread)
     if job.validation is not None:
-        held_out, unread = read_held_out(job.validation.data)
+        held_out, unread = read_held_out(job.validation)
         prepare(validation_job(job), held_out, artifact.path(VALIDATION), unread)
     tracked = _tracked(job, artifact, progress.say)
     with tracked:

@@ -70,7 +70,7 @@ def run_job(file: Path, out: Path, steps: int | None = None, base_scores: Path |
 
     from itune_ray.train.loop import train_local
     from itune_ray.train.metrics import read_metrics
-    from itune_ray.train.rows import read_held_out, read_mixture
+    from itune_ray.train.rows import read_held_out, read_rows
     from itune_ray.train.validation import LOG
 
     job = load_job(TrainJob, file)
@@ -80,9 +80,9 @@ def run_job(file: Path, out: Path, steps: int | None = None, base_scores: Path |
     if job.objective.type == "kd":
         job = with_distributions(job, out, 16 if steps else TEACHER_ROWS)
     began = time.perf_counter()
-    held_out = [] if job.validation is None else read_held_out(job.validation.data)[0]
+    held_out = [] if job.validation is None else read_held_out(job.validation)[0]
     torch.set_num_threads(1)
-    outcome = train_local(job, read_mixture(job.data)[0], str(out), held_out=held_out)
+    outcome = train_local(job, read_rows(job)[0], str(out), held_out=held_out)
     minutes = (time.perf_counter() - began) / 60
     rows, metrics = read_metrics(str(out), LOG), read_metrics(str(out))
     if rows and "low" in rows[-1]:
@@ -118,7 +118,8 @@ def run_job(file: Path, out: Path, steps: int | None = None, base_scores: Path |
 def shortened(job: TrainJob, steps: int) -> TrainJob:
     """A few steps of few rows of the same job."""
     tree = job.model_dump(mode="json")
-    for part in [*tree["data"], *(tree["validation"] or {"data": []})["data"]]:
+    held_out, replay = tree["validation"] or {"data": [], "replayed": []}, tree["replay"] or {"data": []}
+    for part in [*tree["data"], *replay["data"], *held_out["data"], *held_out["replayed"]]:
         source = part["source"]
         holder = source["args"] if "rows" in source.get("args", {}) else source
         if "rows" in holder:

@@ -42,7 +42,7 @@ def lora_job(parts: list[dict[str, Any]], steps: int, lr: float, **more: Any) ->
 
 def train(job: TrainJob, out: str) -> TrainOutcome:
     """Train on the job's own rows, those it replays and holds out among them."""
-    held_out = [] if job.validation is None else read_held_out(job.validation.data)[0]
+    held_out = [] if job.validation is None else read_held_out(job.validation)[0]
     return train_local(job, read_rows(job)[0], out, held_out=held_out)
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from itune_ray.config.shared import FileSource, MixturePart
+from itune_ray.config.train import ValidationConfig
 from itune_ray.errors import DataError
 from itune_ray.train.rows import read_held_out, read_mixture
 
@@ -45,5 +46,15 @@ def test_the_same_source_twice_is_refused(part):
 
 
 def test_a_held_out_row_counts_once_whatever_its_weight(part):
-    rows, _ = read_held_out([part("manual", ["a", "b"], weight=2.5), part("other", ["c"], weight=0.1)])
+    parts = part("manual", ["a", "b"], weight=2.5), part("other", ["c"], weight=0.1)
+    rows, _ = read_held_out(ValidationConfig(data=parts))
     assert [row.weight for row in rows] == [1.0] * 3
+
+
+def test_held_out_rows_of_what_was_learned_before_are_marked(part):
+    new, old = part("new", ["a"]), part("old", ["b"], weight=3.0)
+    rows, _ = read_held_out(ValidationConfig(data=(new,), replayed=(old,)))
+    assert [(row.source, row.weight, row.meta.get("replayed")) for row in rows] == [("new", 1, None), ("old", 1, "old")]
+    assert "replayed" not in ValidationConfig(data=(new,)).identity()
+    with pytest.raises(DataError, match="rows of the same key"):
+        read_held_out(ValidationConfig(data=(new,), replayed=(new,)))

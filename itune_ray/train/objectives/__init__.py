@@ -17,6 +17,7 @@ OBJECTIVES = {
     "rrhf": "itune_ray.train.objectives.rrhf:Rrhf",
     "classify": "itune_ray.train.objectives.classify:Classify",
     "kd": "itune_ray.train.objectives.kd:Kd",
+    "domain": "itune_ray.train.objectives.domain:Domain",
 }
 IMAGE_TEXT = "itune_ray.train.objectives.image_text:ImageText"
 """What sft is with a vision or a fusion term."""
