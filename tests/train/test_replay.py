@@ -11,7 +11,9 @@ import torch
 from itune_ray.config.train import TrainJob
 from itune_ray.data.intervals import wilson
 from itune_ray.data.records import Record
+from itune_ray.data.storage import Folder
 from itune_ray.report.continual import transfer
+from itune_ray.sweep.plans import _order
 from itune_ray.train.prepare import prepare_locally
 from itune_ray.train.rows import read_rows, replay_counts
 
@@ -92,6 +94,14 @@ def test_replayed_rows_are_in_the_training_order(folder, parts, tmp_path):
     assert prepared.accepted == 105
     assert "replay" not in plain.identity()
     assert replaying.identity()["replay"]["share"] == 0.05
+
+
+def test_trials_of_a_sweep_replay_too_each_order_once(folder, parts, tmp_path):
+    old = {"data": [parts["second"]], "share": 0.05}
+    orders = {}
+    found = [_order(job(folder, parts["new"], replay), Folder.at(str(tmp_path)), orders) for replay in (None, old, old)]
+    assert [order.accepted for order in found] == [100, 105, 105]
+    assert len(orders) == 2
 
 
 @pytest.mark.soak
