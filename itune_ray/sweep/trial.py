@@ -82,7 +82,7 @@ def trained_to(plan: TrialPlan, rung: int) -> "TrainOutcome":
     import torch
 
     from itune_ray.train.loop import train_rank
-    from itune_ray.train.outcome import pause_folder, read_outcome, write_outcome
+    from itune_ray.train.outcome import pause_folder, read_outcome, references_beside, write_outcome
     from itune_ray.train.workers import fit
 
     job, out = plan.train, pause_folder(plan.stage_dir, rung)
@@ -92,6 +92,7 @@ def trained_to(plan: TrialPlan, rung: int) -> "TrainOutcome":
         return fit(job, plan.prepared, plan.stage_dir, stop_at=rung)
     if not job.workers.gpus_each:
         torch.set_num_threads(job.workers.torch_threads or 1)
-    outcome = train_rank(job, plan.prepared, plan.stage_dir, stop_at=rung)
+    references = references_beside(plan.stage_dir)
+    outcome = train_rank(job, plan.prepared, plan.stage_dir, stop_at=rung, references=references)
     write_outcome(outcome, out)
     return outcome

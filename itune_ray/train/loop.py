@@ -8,12 +8,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.adaptation import SUPPORT
+from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
 from itune_ray.data.ahead import Ahead
 from itune_ray.data.batches import Batch, collate
@@ -94,12 +95,14 @@ def train_rank(
     stop_at: int | None = None,
     on_place: OnPlace | None = None,
     leaving: Leaving | None = None,
+    references: str | None = None,
 ) -> TrainOutcome:
     """One rank's whole run: build, resume, step to the end, export. Collective over all ranks.
 
     Args:
         on_place: Told on every rank where it is, see `OnPlace`.
         leaving: See `itune_ray.train.step.Leaving`; the first time any rank says so, all save a checkpoint, and go on.
+        references: Folder by which jobs of a run find each other's reference passes.
         stop_at: Pause once so many steps are done: checkpoint, and export to `pause_folder` what can be served, the
             adapter alone where there is one. A later call goes on as if there had been no pause.
 
@@ -133,11 +136,12 @@ def train_rank(
         compile_ahead(stepper, collate([], pad_id(tokenizer), flat, at_least=widest))
     kept = (Folder.at(stage_dir) / "checkpoint").uri
     checkpoints = Checkpoints(kept, job.checkpoint, world, built.origin, job.workers.collective_timeout_s)
-    rows = _rows(job, prepared.folder, stepper, tokenizer, stage_dir)
+    asking = _Asking(stepper, pad_id(tokenizer), _at_start(job, built), references)
+    rows = _rows(job, prepared.folder, stage_dir, asking)
     held_out = None
     if job.validation is not None:
         apart = Folder.at(stage_dir) / VALIDATION
-        held_out = _rows(job, (apart / "order").uri, stepper, tokenizer, apart.uri)
+        held_out = _rows(job, (apart / "order").uri, apart.uri, asking)
     loop = Loop(job, rows, stepper, checkpoints, stage_dir, held_out, on_place, leaving)
     if budget is not None:
         optimizers.after_update.append(lambda: budget.allocate(loop.step, prepared.plan.steps))
@@ -208,14 +212,31 @@ class Rows:
         return list(rows) if self.reference is None else self.reference.attached(rows)
 
 
-def _rows(job: TrainJob, order: str, stepper: Stepper, tokenizer: PreTrainedTokenizerBase, stage_dir: str) -> Rows:
+class _Asking(NamedTuple):
+    """What a reference pass takes beside the rows."""
+
+    stepper: Stepper
+    pad: int
+    model: str
+    references: str | None
+
+
+def _at_start(job: TrainJob, built: Built) -> str:
+    """Identity of what the model says before its first step: adapters that begin as no change are not part of it."""
+    peft = job.model.peft
+    change = "lora" if peft.name in ("lora", "rslora") else [peft.model_dump(mode="json"), job.seed]
+    model = [built.origin, job.model.added_tokens, job.model.attention, job.precision, change]
+    return digest([model, vars(job.objective).get("k")])
+
+
+def _rows(job: TrainJob, order: str, stage_dir: str, asking: _Asking) -> Rows:
     """The rows of an order; where the objective compares with a reference, its pass is made first. Collective."""
-    table, pad = PackedTable(order), pad_id(tokenizer)
-    measure = measure_for(stepper.objective.needs)
+    stepper, pad, model, references = asking
+    table, measure = PackedTable(order), measure_for(stepper.objective.needs)
     if measure is None:
         return Rows(table, None, pad)
     folder = (Folder.at(stage_dir) / "reference").uri
-    return Rows(table, reference_of(folder, table, measure, stepper, job.micro_batch, pad), pad)
+    return Rows(table, reference_of(folder, table, measure, model, stepper, job.micro_batch, pad, references), pad)
 
 
 class Loop:

@@ -32,6 +32,11 @@ def pause_folder(stage_dir: str, step: int) -> str:
     return (Folder.at(stage_dir) / f"at-{step:06d}").uri
 
 
+def references_beside(stage_dir: str) -> str:
+    """Folder beside a run's stages by which its trainings find each other's reference passes."""
+    return f"{Folder.at(stage_dir).uri.rstrip('/').rpartition('/')[0]}/references"
+
+
 def write_outcome(outcome: TrainOutcome, stage_dir: str) -> None:
     """Publish the outcome: from now on the stage is finished."""
     Folder.at(stage_dir).write_json(NAME, dataclasses.asdict(outcome))

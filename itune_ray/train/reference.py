@@ -3,9 +3,11 @@
 The reference is the model itself at step 0, a continued adapter included, so no second model is ever in memory, DPO
 starts at log 2 and the divergence from a base at 0. One forward-only pass of the loop's own model, strategy, dtype and
 packing writes the columns of each document, keyed by row; each rank writes its part, a marker comes last. A finished
-pass is read again, a half one done anew.
+pass is read again, a half one done anew. Its identity is the content of the documents and of the model: another job of
+the run, of another rate or another weight in the loss, finds it by that.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from itune_ray.config.base import digest
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
@@ -94,30 +97,66 @@ class Reference:
 
 
 def reference_of(
-    folder: str, table: PackedTable, measure: Measure, stepper: Stepper, micro_batch: int, pad: int
+    folder: str,
+    table: PackedTable,
+    measure: Measure,
+    model: str,
+    stepper: Stepper,
+    micro_batch: int,
+    pad: int,
+    shared: str | None = None,
 ) -> Reference:
-    """The reference of all rows of a table, made now or read from an earlier attempt. Collective.
+    """The reference of all rows of a table, made now or read from an earlier attempt or job. Collective.
 
     To be called before a checkpoint is loaded: what was built from the job's model is the reference.
 
     Args:
         folder: Where it is kept, a path or URI.
+        model: Identity of all that decides what the model says at step 0, and how much of it is asked for.
+        shared: Folder where the jobs of a run say where their references are.
     """
-    kept = Folder.at(folder)
-    identity = {"digest": table.plan.digest, "columns": list(measure.columns)}
-    done = kept.exists(MARKER) and identity.items() <= kept.read_json(MARKER).items()
-    stepper.world.barrier()
-    if not done:
-        if stepper.world.is_main:
-            kept.delete()
-        stepper.world.barrier()
-        part = _pass(table, measure, stepper, micro_batch, pad)
-        kept.write_table(f"part-{stepper.world.rank:05d}.parquet", part)
-        stepper.world.barrier()
-        if stepper.world.is_main:
-            kept.write_json(MARKER, {**identity, "world": stepper.world.size})
-        stepper.world.barrier()
+    world, kept = stepper.world, Folder.at(folder)
+    identity, place = world.gather(_found(kept, table, measure, model, shared) if world.is_main else None)[0]
+    if place is not None:
+        return _read(Folder.at(place), measure)
+    if world.is_main:
+        kept.delete()
+    world.barrier()
+    part = _pass(table, measure, stepper, micro_batch, pad)
+    kept.write_table(f"part-{world.rank:05d}.parquet", part)
+    world.barrier()
+    if world.is_main:
+        kept.write_json(MARKER, {"identity": identity, "world": world.size})
+        if shared is not None:
+            Folder.at(shared).write_json(f"{identity}.json", {"folder": kept.uri})
+    world.barrier()
     return _read(kept, measure)
+
+
+def _found(
+    kept: Folder, table: PackedTable, measure: Measure, model: str, shared: str | None
+) -> tuple[str, str | None]:
+    """(identity of the reference, folder of a finished pass of it)."""
+    identity = digest([model, list(measure.columns), _content(table)], length=16)
+    places = [kept.uri]
+    if shared is not None and Folder.at(shared).exists(f"{identity}.json"):
+        places.append(Folder.at(shared).read_json(f"{identity}.json")["folder"])
+    return identity, next((place for place in places if _is_finished(Folder.at(place), identity)), None)
+
+
+def _is_finished(folder: Folder, identity: str) -> bool:
+    return folder.exists(MARKER) and folder.read_json(MARKER).get("identity") == identity
+
+
+def _content(table: PackedTable) -> str:
+    """Hash of all documents, as they are packed."""
+    content = hashlib.sha256()
+    for rows in table.first_rows():
+        for row in rows:
+            content.update("\0".join(row.keys).encode())
+            for values in (row.input_ids, row.supervised, row.lengths):
+                content.update(values.tobytes())
+    return content.hexdigest()
 
 
 def _pass(table: PackedTable, measure: Measure, stepper: Stepper, micro_batch: int, pad: int) -> pa.Table:

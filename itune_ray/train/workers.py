@@ -59,7 +59,7 @@ def fit(
         TrainError: The workers failed more often than `workers.max_failures` allows.
         ClusterError: There was no room for them again within `workers.start_timeout_s`.
     """
-    from itune_ray.train.outcome import pause_folder, read_outcome
+    from itune_ray.train.outcome import pause_folder, read_outcome, references_beside
 
     stage = Folder.at(stage_dir)
     out = stage_dir if stop_at is None else pause_folder(stage_dir, stop_at)
@@ -72,6 +72,7 @@ def fit(
         "stage_dir": stage.uri,
         "stop_at": stop_at,
         "out": out,
+        "references": references_beside(stage_dir),
         "board": board,
     }
     try:
@@ -220,6 +221,7 @@ def _worker(config: dict[str, Any]) -> None:
             on_place=lambda step, place: board.at.remote(rank, host, step, place),
             leaving=_noticed,
             stop_at=config["stop_at"],
+            references=config["references"],
         )
     except UnreadableError:
         raise  # another attempt may find the storage well again

@@ -321,12 +321,12 @@ def test_an_interrupted_run_is_the_uninterrupted_one_bit_for_bit(folder, tmp_pat
     assert one == other
 
 
-def test_a_reference_of_other_columns_is_made_anew(folder, tmp_path):
+def test_a_reference_of_another_identity_is_made_anew(folder, tmp_path):
     job = domain_job(folder, steps=2)
     train_local(job, rows(20), str(tmp_path), stop_at=1)
     marker = tmp_path / "reference/complete.json"
     kept = json.loads(marker.read_text())
-    marker.write_text(json.dumps({**kept, "columns": ["log_probs"]}))
+    marker.write_text(json.dumps({**kept, "identity": "another"}))
     train_local(job, rows(20), str(tmp_path))
     assert json.loads(marker.read_text()) == kept
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,38 @@ def test_the_reference_is_written_once_and_a_half_written_one_anew(folder, tmp_p
     train_local(job, pairs(24), str(tmp_path / "paused"))
     assert part.stat().st_mtime_ns > written, "an unfinished pass is made anew, by the model before its first step"
     assert losses(tmp_path / "paused") == losses(tmp_path / "whole")
+
+
+def test_jobs_of_a_run_share_the_reference_of_equal_rows_and_models(folder, tmp_path):
+    """Another weight in the loss, another rate and another adapter's rank change nothing before the first step; other
+    rows do."""
+    run, shared = tmp_path / "run", str(tmp_path / "run" / "references")
+
+    def trained(name, records, **overrides):
+        settings = {"model.peft": {"type": "lora", "rank": 4}, **overrides}
+        job, stage = dpo_job(folder, steps=2, **settings), str(run / name)
+        train_rank(job, prepare_locally(job, records, stage), stage, references=shared)
+        return (run / name / "reference").exists(), losses(run / name)
+
+    assert trained("first", pairs(24))[0]
+    rank = {"model.peft": {"type": "lora", "rank": 8}}
+    other = {"objective": {"type": "dpo", "beta": 0.1}, "optimizer": {"type": "adamw", "lr": 1e-4}, **rank}
+    made, found = trained("other", pairs(24), **other)
+    assert not made
+    shutil.rmtree(run / "first")
+    assert trained("alone", pairs(24), **other, seed=tiny.job(folder).seed) == (True, found), "where that is gone"
+    assert trained("rows", pairs(25))[0]
+    assert trained("full", pairs(24), **{"model.peft": {"type": "full"}})[0]
+
+
+def test_a_reference_of_another_model_is_not_taken(folder, tmp_path):
+    """Same stage, same shape, other weights: the loss starts at log 2 all the same."""
+    job = dpo_job(folder, steps=2)
+    train_local(job, pairs(24), str(tmp_path / "stage"))
+    shutil.rmtree(tmp_path / "stage" / "checkpoint")
+    other = tiny.llama(tmp_path / "other", seed=7)
+    train_local(dpo_job(other, steps=2), pairs(24), str(tmp_path / "stage"))
+    assert losses(tmp_path / "stage")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_held_out_pairs_are_scored_before_along_and_after(folder, tmp_path):
