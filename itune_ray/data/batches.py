@@ -14,7 +14,7 @@ Shapes: B rows, T tokens of the longest row. Three ways to isolate documents, on
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What the objective needs beside the ids, flat over the rows: [N, ...] in the order of the supervised tokens
     (`labels[:, 1:] != -100`), [S] in the order of the segments, or [D] in that of the documents."""
+    boundaries: Tensor | None = None
+    """[D+1] int32, where the documents of a flat row begin and end; None of rows that are not flat."""
+    longest: int = 0
+    """Tokens of a flat row's longest document, known without asking a device."""
     seed: int | None = None
     """Of what the model draws at random in this micro-batch's forward (see `itune_ray.train.randomness`)."""
 
@@ -74,7 +78,8 @@ class Batch:
             for name in ("input_ids", "labels", "position_ids", "segments")
         }
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
-        return replace(self, **moved, columns=columns)
+        boundaries = None if self.boundaries is None else self.boundaries.to(device, non_blocking=True)
+        return replace(self, **moved, columns=columns, boundaries=boundaries)
 
 
 def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False, at_least: int = 2) -> Batch:
@@ -107,6 +112,10 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False, at_least
             positions[b, length:] = np.arange(width - length)
     if not rows:
         positions = positions.clip(max=1)
+    described: dict[str, Any] = {}
+    if flat:
+        boundaries = np.append(np.flatnonzero(positions[0] == 0), width).astype(np.int32)
+        described = {"boundaries": torch.from_numpy(boundaries), "longest": int(np.diff(boundaries).max())}
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -115,6 +124,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, flat: bool = False, at_least
         num_segments=tuple(len(row.lengths) for row in rows),
         keys=tuple(row.keys for row in rows),
         columns={name: torch.from_numpy(values) for name, values in _columns(rows).items()},
+        **described,
     )
 
 
@@ -165,7 +175,6 @@ def block_causal_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 
 def _varlen(batch: Batch) -> dict[str, object]:
     """FlashAttention's description of a flat row: cumulative document lengths and the longest."""
-    starts = (batch.position_ids[0] == 0).nonzero().flatten()
-    cumulative = torch.cat([starts, starts.new_tensor([batch.input_ids.shape[1]])]).to(torch.int32)
-    longest = int(cumulative.diff().max())
-    return {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": longest, "max_length_k": longest}
+    ends, longest = batch.boundaries, batch.longest
+    assert ends is not None
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

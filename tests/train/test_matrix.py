@@ -22,10 +22,9 @@ FILES = matrix.playground_jobs()
 
 
 def test_every_objective_and_every_method_has_a_job():
-    """`full` and `sft` alone are what the playground's own models are made by."""
     jobs = [load_job(TrainJob, file) for file in FILES]
     assert {job.objective.type for job in jobs} == OBJECTIVES.keys()
-    assert {job.model.peft.name for job in jobs} | {"full"} == SUPPORT.keys()
+    assert {job.model.peft.name for job in jobs} == SUPPORT.keys()
 
 
 @pytest.mark.real
