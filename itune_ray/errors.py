@@ -53,8 +53,8 @@ class StorageError(ITuneError):
     """An artifact or output root cannot be read, written or locked."""
 
 
-class UnreadableError(StorageError):
-    """What is there cannot be read now; another attempt may."""
+class UnreachableError(StorageError):
+    """A storage does not answer now, which says nothing of what it holds; another attempt may reach it."""
 
 
 class ClusterError(ITuneError):

@@ -72,6 +72,14 @@ def most(each: Mapping[str, float], at_most: int, held: Mapping[str, float]) -> 
     return max(0, min(at_most, _places(each), _places_on(left, each)))
 
 
+def free(each: Mapping[str, float], at_most: int) -> int:
+    """How many such processes find room now, each on one node, beside all that runs; at most so many."""
+    from ray._private.state import available_resources_per_node
+
+    nodes: Iterable[Mapping[str, float]] = available_resources_per_node().values()
+    return min(at_most, sum(_places_on(node, each) for node in nodes)) if each else at_most
+
+
 def capacity() -> dict[str, float]:
     """All resources of the cluster at its largest, busy ones included."""
     total: Counter[str] = Counter()

@@ -4,7 +4,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +76,18 @@ def _of_the_hub(repo: str, revision: str | None) -> tuple[Path, str]:
 
 def fingerprint(folder: Path) -> str:
     """16 hex of SHA-256 over the names and contents of a model folder's files."""
+    return _hash(f for f in folder.iterdir() if f.is_file() and f.suffix in (*WANTED_SUFFIXES, ".bin"))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """The same of what a model computes with alone: its config and its weights, or those of an adapter. A card, a
+    license or a second copy of the weights beside them changes nothing."""
+    return _hash([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob("adapter_config.json")])
+
+
+def _hash(files: Iterable[Path]) -> str:
     overall = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in (*WANTED_SUFFIXES, ".bin")):
+    for file in sorted(files):
         overall.update(f"{file.name}\0{_file_hash(file)}\0".encode())
     return overall.hexdigest()[:16]
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from itune_ray.errors import StorageError, UnreadableError
+from itune_ray.errors import StorageError, UnreachableError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -119,9 +119,8 @@ class Folder:
         except FileNotFoundError:
             raise StorageError("no such file", got=f"{self.uri}/{name}") from None
         except OSError as error:
-            raise UnreadableError(
-                f"cannot read the file: {error.strerror or error}", got=f"{self.uri}/{name}"
-            ) from None
+            kind = StorageError if isinstance(error, PermissionError) else UnreachableError
+            raise kind(f"cannot read the file: {error.strerror or error}", got=f"{self.uri}/{name}") from None
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file whole or not at all."""
@@ -195,7 +194,8 @@ class Folder:
     def _unreachable(self, name: str, error: OSError) -> StorageError:
         reason = " ".join(str(error).split())[:200]
         got = f"{self.uri}/{name}".rstrip("/")
-        return StorageError(f"cannot reach the storage: {reason}", got=got, knob="run.output")
+        kind = StorageError if isinstance(error, PermissionError) else UnreachableError
+        return kind(f"cannot reach the storage: {reason}", got=got, knob="run.output")
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path

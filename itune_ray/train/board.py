@@ -28,6 +28,14 @@ class Board:
         self._rows: list[tuple[int, int, dict[str, Any]]] = []
         self._failure: ITuneError | None = None
         self._places: dict[int, tuple[int, str, str, float]] = {}
+        self._begun = 0
+
+    def begin(self) -> None:
+        self._begun += 1
+
+    def begun(self) -> int:
+        """How often workers have begun to train."""
+        return self._begun
 
     def at(self, rank: int, host: str, step: int, place: str) -> None:
         self._places[rank] = step, place, host, time.monotonic()

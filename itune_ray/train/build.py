@@ -5,6 +5,7 @@ then shards, and pretrained weights are read last, each rank just what it holds.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from itune_ray.config.base import digest
 from itune_ray.config.objectives import SftConfig
 from itune_ray.config.train import TrainedModel, TrainJob
 from itune_ray.data.batches import Masking
-from itune_ray.data.hub import local_model_folder, resolve
+from itune_ray.data.hub import local_model_folder, resolve, weights_fingerprint
 from itune_ray.errors import ModelError, TrainError
 from itune_ray.model.adapter import check_adapter, check_vocabulary
 from itune_ray.model.added_tokens import embed_new_tokens
@@ -78,8 +79,7 @@ def _new_tokens(model: TrainedModel) -> list[str]:
 
 def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, world: World) -> Built:
     """Build, adapt and place the model of a job on this rank."""
-    base = None if job.model.path is None else local_model_folder(job.model.reference())
-    folder = None if base is None else base.path
+    folder = None if job.model.path is None else local_model_folder(job.model.reference()).path
     model, empty = _base_model(job, folder, tokenizer, strategy, world)
     if fresh := _new_tokens(job.model):
         embed_new_tokens(model, tokenizer, fresh)
@@ -127,8 +127,7 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         if job.model.peft.type == "full":
             choose_trained(model, job.images.trained)
     budget = RankBudget(adapted, job.model.peft) if isinstance(job.model.peft, AdaloraConfig) else None
-    continued = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter")
-    adapter = None if continued is None else continued.path
+    adapter = None if job.model.adapter is None else resolve(job.model.adapter, kind="adapter").path
     if adapter is not None:
         check_vocabulary(tokenizer, adapter)
         check_adapter(adapted, adapter)
@@ -141,7 +140,8 @@ def build_model(job: TrainJob, tokenizer: PreTrainedTokenizerBase, strategy: Str
         fill_from_folder(placed, folder, seed=job.seed)
     if adapter is not None:
         fill_from_adapter(placed, adapter)
-    origin = digest([part and part.fingerprint for part in (base, continued)] if base else _fresh(job), length=16)
+    began_with = [weights_fingerprint(Path(part)) for part in (folder, adapter) if part is not None]
+    origin = digest([began_with, None if folder else _fresh(job)], length=16)
     return Built(placed.train(), masking, dtype, report, folder, origin, budget, router_weight, compiled)
 
 

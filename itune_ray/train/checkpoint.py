@@ -25,13 +25,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from itune_ray.config.train import CheckpointConfig
 from itune_ray.data.storage import PAUSES_S, Folder
-from itune_ray.errors import StorageError, TrainError, UnreadableError, first_line
+from itune_ray.errors import StorageError, TrainError, UnreachableError, first_line
 from itune_ray.model.sharding import snapshot
 from itune_ray.train.checkpoint_files import Reader, Sums, Writer, is_whole, merged
 from itune_ray.train.optimizer import Optimizers
 from itune_ray.train.strategies.base import Strategy
 from itune_ray.train.world import World
 
+JsonObject = dict[str, Any]
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
 SETTLE_S = 60.0
@@ -77,18 +78,27 @@ class Checkpoints:
         """Folder of one checkpoint."""
         return self._folder / f"step-{step:06d}"
 
-    def save(self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizers: Optimizers, strategy: Strategy, notes: JsonObject | None = None
+    ) -> None:
         """Collective: all ranks write their shards, then rank 0 publishes, and drops what `keep` no longer covers.
 
         In the background it returns before that; an error is then raised by the next save or `wait`.
+
+        Args:
+            notes: Small things beside the state, equal on all ranks, to be had again from `notes`.
         """
         self.wait()
         state = strategy.state(model, optimizers)
         if not self._config.background:
-            self._write(step, state)
+            self._write(step, state, notes or {})
             return
         kept = snapshot(state)
-        self._writing.start(lambda: self._write(step, kept))
+        self._writing.start(lambda: self._write(step, kept, notes or {}))
+
+    def notes(self, step: int) -> JsonObject:
+        """What was noted when a checkpoint was saved; empty of step 0."""
+        return json.loads(self._marker(step)).get("notes", {}) if step else {}
 
     def wait(self) -> None:
         """Until what was saved is published; raises what went wrong."""
@@ -98,17 +108,17 @@ class Checkpoints:
         """Give a save that is under way some time, when the run has already failed."""
         self._writing.settle(SETTLE_S)
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], notes: JsonObject) -> None:
         target = self.at(step)
         if self._world.is_main:
             for left in {step} | (set(self._steps()) - set(self._complete())):
                 self.at(left).delete()
             target.fs.create_dir(target.path, recursive=True)
         self._barrier()
-        began = {"step": step, "world": self._world.size, "model": self._model}
+        said = {"step": step, "world": self._world.size, "model": self._model, "notes": notes}
         sums = self._gathered(self._written(step, target, state))
         if self._world.is_main:
-            target.write_json(MARKER, {**began, "files": merged(sums)})
+            target.write_json(MARKER, {**said, "files": merged(sums)})
             for damaged in self._damaged - {step}:
                 self.at(damaged).delete()
             self._damaged.clear()
@@ -151,9 +161,9 @@ class Checkpoints:
 
         Raises:
             TrainError: It is of another model, adapter or optimizer.
-            UnreadableError: The storage cannot be read now.
+            UnreachableError: The storage cannot be read now.
         """
-        began_with = self.at(step).read_json(MARKER).get("model", self._model)
+        began_with = json.loads(self._marker(step)).get("model", self._model)
         if began_with != self._model:
             raise TrainError(
                 "the checkpoint is of a run that began with another model",
@@ -167,7 +177,7 @@ class Checkpoints:
                 load(state, storage_reader=Reader(self.at(step)), no_dist=_alone())
         except CheckpointException as error:
             if any(isinstance(cause, OSError) for cause, _ in error.failures.values()):
-                raise UnreadableError(
+                raise UnreachableError(
                     f"the checkpoint cannot be read: {_of_storage(error)}", got=self.at(step).uri, knob="run.output"
                 ) from error
             raise TrainError(
@@ -177,13 +187,19 @@ class Checkpoints:
             ) from error
         strategy.load_state(model, optimizers, state)
 
+    def _marker(self, step: int) -> bytes:
+        """Of a step that rank 0 has listed as complete."""
+        if not self.at(step).exists(MARKER):
+            raise UnreachableError("this rank does not see a checkpoint that rank 0 sees", got=self.at(step).uri)
+        return self.at(step).read_bytes(MARKER)
+
     def _complete(self) -> list[int]:
         return [step for step in self._steps() if self.at(step).exists(MARKER)]
 
     def _damaged_files(self, step: int) -> list[str]:
         """Of this rank's share."""
         try:
-            files: Sums = json.loads(self.at(step).read_bytes(MARKER))["files"]
+            files: Sums = json.loads(self._marker(step))["files"]
         except (ValueError, KeyError, TypeError):
             return [MARKER]
         mine = sorted(files)[self._world.rank :: self._world.size]

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, FileSystemReader, FileSystemWriter
 
 from itune_ray.data.storage import Folder, retried
-from itune_ray.errors import UnreadableError, first_line
+from itune_ray.errors import StorageError, UnreachableError, first_line
 
 Sums = dict[str, tuple[int, int]]
 """File name -> (bytes, CRC-32)."""
@@ -25,7 +25,7 @@ def is_whole(folder: Folder, name: str, expected: tuple[int, int]) -> bool:
     """Whether a file is there with the size and checksum it was written with.
 
     Raises:
-        UnreadableError: It cannot be read now, which says nothing of what it holds.
+        StorageError: It cannot be read, which says nothing of what it holds.
     """
     try:
         return retried(lambda: _sum_of(folder, name)) == tuple(expected)
@@ -33,7 +33,8 @@ def is_whole(folder: Folder, name: str, expected: tuple[int, int]) -> bool:
         return False
     except OSError as error:
         what = f"a file of a checkpoint cannot be read: {first_line(error)}"
-        raise UnreadableError(what, got=f"{folder.uri}/{name}", knob="run.output") from error
+        kind = StorageError if isinstance(error, PermissionError) else UnreachableError
+        raise kind(what, got=f"{folder.uri}/{name}", knob="run.output") from error
 
 
 def _sum_of(folder: Folder, name: str) -> tuple[int, int]:

@@ -1,20 +1,49 @@
-"""[Ray] Ray Train's controller, with two of its habits changed: what fails to start gives its places back, and an
-interrupt of the driver stays the driver's.
+"""[Ray] Ray Train's controller, one for each start of its workers that fails: what cannot start gives its places back
+and ends, for `train.workers` to wait for room and begin anew. An interrupt of the driver stays the driver's.
 
 Written against the pinned version of Ray, whose internals it builds on. Torch is not imported, since the controller's
 own process would wait for it.
 """
 
+import asyncio
+import os
+import time
 from typing import Any
 
 import ray
+import ray.train
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RestartingState
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from itune_ray import room
 
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Ray's variable of how long a start waits for room."""
 _QUIET = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+_WITHOUT_WORKERS = (InitializingState, RestartingState, ReschedulingState)
+LOOK_S = 0.5
+"""How often a controller without room for the fewest workers looks again."""
+
+
+class StartError(Exception):
+    """A controller ended since its workers could not start.
+
+    Args:
+        cause: What kept them from it.
+        failures: How often workers failed under this controller before, each time with a start that succeeded.
+    """
+
+    def __init__(self, cause: Exception, failures: int):
+        super().__init__(str(cause))
+        self.cause, self.failures = cause, failures
+
+    @property
+    def without_room(self) -> bool:
+        """Whether all that was missing is room."""
+        return isinstance(self.cause, WorkerGroupStartupTimeoutError)
 
 
 class TidyWorkerGroup(WorkerGroup):
@@ -32,22 +61,48 @@ class TidyWorkerGroup(WorkerGroup):
 
 
 class Controller(TrainController):
-    """Ray Train's, of such groups."""
+    """Ray Train's, of such groups, and with the same deadline for room where there is too little for the fewest workers
+    as where there is too little for those it asks for: Ray's looks for it for ever, without a pause."""
 
     worker_group_cls = TidyWorkerGroup
+    _waiting_since: float | None = None
+
+    async def _step(self) -> Any:
+        before = self.get_state()
+        result = await super()._step()
+        if not (isinstance(before, _WITHOUT_WORKERS) and result.next_state is before):
+            self._waiting_since = None
+            return result
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        if now - self._waiting_since > float(os.environ[START_TIMEOUT]):
+            raise WorkerGroupStartupTimeoutError(self._scaling_policy.scaling_config.min_workers)
+        await asyncio.sleep(LOOK_S)
+        return result
+
+    def failures(self) -> int:
+        """How often workers failed and were started again."""
+        return self._failure_policy._worker_group_failures  # type: ignore[attr-defined]
 
 
 def run_controller(arguments: dict[str, Any]) -> Any:
     """Run a controller beside the driver to its end, and return its result; whatever ends this call ends it too.
 
     Ray's own way leaves a handler of SIGINT behind, by which the first two interrupts of the rest of the process do
-    nothing."""
+    nothing.
+
+    Raises:
+        StartError: The workers could not start.
+    """
     environment = {**_QUIET, **get_env_vars_to_propagate()}
     remote: Any = ray.remote(Controller)
     settings: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": room.beside_driver()}
     controller = remote.options(**settings, runtime_env={"env_vars": environment}).remote(**arguments)
     try:
         ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        result: Any = ray.get(controller.get_result.remote())
+        if isinstance(result.error, ray.train.ControllerError):
+            raise StartError(result.error.controller_failure, ray.get(controller.failures.remote()))
+        return result
     finally:
         ray.kill(controller)

@@ -4,18 +4,29 @@ The window fills from the first step on, so that a run which is lost at once is 
 """
 
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from itune_ray.config.train import DivergenceConfig
 from itune_ray.errors import TrainError
 
 
 class Divergence:
-    """Watches the losses of consecutive steps; see `DivergenceConfig`."""
+    """Watches the losses of consecutive steps; see `DivergenceConfig`.
 
-    def __init__(self, config: DivergenceConfig):
+    Args:
+        seen: `state` of the watch that this one goes on from.
+    """
+
+    def __init__(self, config: DivergenceConfig, seen: Mapping[str, Any] | None = None):
         self._config = config
-        self._window: deque[float] = deque(maxlen=config.steps)
-        self._best: float | None = None
+        self._window: deque[float] = deque((seen or {}).get("window", ()), maxlen=config.steps)
+        self._best: float | None = (seen or {}).get("best")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that it knows, as JSON."""
+        return {"window": list(self._window), "best": self._best}
 
     def see(self, step: int, loss: float) -> None:
         """Take the loss of the next step into account.

@@ -49,6 +49,8 @@ from itune_ray.train.strategies import build_strategy
 from itune_ray.train.validation import Validation
 from itune_ray.train.world import World, current_world, start_from_environment
 
+DIVERGENCE = "divergence"
+"""What the checkpoints' notes have of the watch over it."""
 Row = dict[str, Any]
 OnProgress = Callable[[int, int, Row], None]
 """(steps done, total steps, the step's row of metrics.jsonl and beside it `held_out_loss`, the newest of
@@ -135,7 +137,8 @@ def train_rank(
         widest = job.pass_tokens if flat else job.pack_capacity
         compile_ahead(stepper, collate([], pad_id(tokenizer), flat, at_least=widest))
     kept = (Folder.at(stage_dir) / "checkpoint").uri
-    checkpoints = Checkpoints(kept, job.checkpoint, world, built.origin, job.workers.collective_timeout_s)
+    origin = world.gather(built.origin if world.is_main else None)[0]  # nodes may hold other files beside the weights
+    checkpoints = Checkpoints(kept, job.checkpoint, world, origin, job.workers.collective_timeout_s)
     asking = _Asking(stepper, pad_id(tokenizer), _at_start(job, built), references)
     rows = _rows(job, prepared.folder, stage_dir, asking)
     held_out = None
@@ -285,7 +288,7 @@ class Loop:
     def _run(self, end: int, on_progress: OnProgress | None) -> Row:
         start = self._resume(end)
         log = MetricsLog(self._stage_dir, start) if self._world.is_main else None
-        watch = self._watch([] if log is None else log.rows)
+        watch = self._watch(start)
         validation, held_out = self._validation(start)
         row: Row = {}
         saved: Row = {}
@@ -302,7 +305,8 @@ class Loop:
             if (step + 1) % self._job.checkpoint.every_steps == 0 or step + 1 == end or leaves:
                 began = time.perf_counter()
                 self._on_place(step + 1, "saves")
-                self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy)
+                notes = {} if watch is None else {DIVERGENCE: watch.state}
+                self._checkpoints.save(step + 1, self._stepper.model, self._optimizers, self._stepper.strategy, notes)
                 if leaves:
                     self._checkpoints.wait()
                 saved = {"checkpoint_seconds": time.perf_counter() - began}
@@ -310,17 +314,14 @@ class Loop:
                     log.flush()
         return row or (log.last() if log is not None else {})
 
-    def _watch(self, logged: Sequence[Row]) -> Divergence | None:
-        """On every rank, which all see the same loss, so that none is left waiting; what was logged before a restart
-        counts. Not where the order itself makes the loss rise: easy rows or one task first."""
+    def _watch(self, start: int) -> Divergence | None:
+        """On every rank, which all see the same loss, so that none is left waiting; it goes on from the checkpoint. Not
+        where the order itself makes the loss rise: easy rows or one task first."""
         job = self._job
         rises = job.curriculum is not None or job.reptile is not None
         if job.divergence is None or rises:
             return None
-        watch = Divergence(job.divergence)
-        for step, loss in self._world.gather([(row["step"], row["loss"]) for row in logged])[0]:
-            watch.see(step, loss)
-        return watch
+        return Divergence(job.divergence, self._checkpoints.notes(start).get(DIVERGENCE))
 
     def _filled(self, step: int) -> Row:
         """Share of the packed rows' places that hold a token."""

@@ -19,23 +19,22 @@ class MetricsLog:
 
     def __init__(self, folder: str, resume_step: int, name: str = NAME):
         self._folder, self._name = Folder.at(folder), name
-        self.rows = [row for row in read_metrics(folder, name) if row["step"] <= resume_step]
-        """All that is logged."""
+        self._rows = [row for row in read_metrics(folder, name) if row["step"] <= resume_step]
         self.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Record one step; on a local disk it is there when this returns."""
-        self.rows.append(row)
+        self._rows.append(row)
         if self._folder.is_local:
             self._folder.append_line(self._name, json.dumps(row))
 
     def flush(self) -> None:
         """Write all rows anew."""
-        self._folder.write_bytes(self._name, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._folder.write_bytes(self._name, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
 
     def last(self) -> dict[str, Any]:
         """The newest row; empty before the first."""
-        return self.rows[-1] if self.rows else {}
+        return self._rows[-1] if self._rows else {}
 
 
 def read_metrics(folder: str, name: str = NAME) -> list[dict[str, Any]]:

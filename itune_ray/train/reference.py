@@ -154,7 +154,8 @@ def _content(table: PackedTable) -> str:
     for rows in table.first_rows():
         for row in rows:
             content.update("\0".join(row.keys).encode())
-            for values in (row.input_ids, row.supervised, row.lengths):
+            columns = [row.columns[name] for name in sorted(row.columns)]
+            for values in (row.input_ids, row.supervised, row.lengths, *columns):
                 content.update(values.tobytes())
     return content.hexdigest()
 

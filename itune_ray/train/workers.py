@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from itune_ray import room
 from itune_ray.config.strategies import TrainWorkers
 from itune_ray.config.train import TrainJob
 from itune_ray.data.storage import Folder
-from itune_ray.errors import ITuneError, TrainError, UnreadableError
+from itune_ray.errors import ClusterError, ITuneError, TrainError, UnreachableError
 from itune_ray.imports import uncollected
 from itune_ray.observe.watch import explained_by
 from itune_ray.train.board import Board, OnProgress, ranks_of, relayed
@@ -106,28 +107,53 @@ def _settings() -> Iterator[None]:
 def _fit(workers: TrainWorkers, config: dict[str, Any], say: Say) -> None:
     """Under one controller after another, each until a start of its workers fails: one controller would try again for
     ever, and say nothing."""
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from itune_ray.train.controller import StartError
+    from itune_ray.train.outcome import read_outcome
 
-    failures = 0
-    while (failed := _failed_start(workers, config)) is not None:
-        if not isinstance(failed, WorkerGroupStartupTimeoutError):
+    board, failures, begun, since, asked = config["board"], 0, 0, time.monotonic(), workers
+    while True:
+        try:
+            return _controlled(asked, workers.max_failures - failures, config)
+        except StartError as failed:
+            ended, cause = failed, _last_line(failed.cause)
+        if read_outcome(config["out"]) is not None:
+            return None
+        failures += ended.failures
+        begun_now: Any = ray.get(board.begun.remote())
+        if begun_now > begun:
+            begun, since, asked = begun_now, time.monotonic(), workers
+        elif ended.without_room:
+            asked = _fewer(workers, say)
+        if not ended.without_room:
             failures += 1
             if failures > workers.max_failures:
-                what = f"the training workers failed to start too often: {_last_line(failed)}"
-                raise TrainError(what, knob="workers.max_failures")
+                raise TrainError(f"the training workers failed too often; last to start: {cause}", knob=_FAILURES)
         what, knob = f"{workers.fewest} training workers", "workers.start_timeout_s"
-        room.await_room([workers.each] * workers.fewest, workers.start_timeout_s, what, knob, say)
+        left = workers.start_timeout_s - (time.monotonic() - since)
+        if left <= 0:
+            raise ClusterError(f"{what} did not start within {workers.start_timeout_s:g} s: {cause}", knob=knob)
+        room.await_room([workers.each] * workers.fewest, left, what, knob, say)
 
 
-def _failed_start(workers: TrainWorkers, config: dict[str, Any]) -> Exception | None:
-    """Train under one controller; returns what kept its workers from starting, or None at the end."""
+_FAILURES = "workers.max_failures"
+
+
+def _fewer(workers: TrainWorkers, say: Say) -> TrainWorkers:
+    """As many as there is room for now. Ray counts the whole of a cluster's nodes, what others hold of them too."""
+    free = room.free(workers.each, workers.most)
+    if not workers.fewest <= free < workers.most:
+        return workers
+    say(f"room for {free} of {workers.most} training workers, since the rest is held: going on with these")
+    return workers.model_copy(update={"num": (workers.fewest, free)})
+
+
+def _controlled(workers: TrainWorkers, max_failures: int, config: dict[str, Any]) -> None:
+    """Train to the end under one controller; raises `StartError` where its workers could not start."""
     import ray.train
 
-    board, trainer = config["board"], _trainer(workers, config)
+    board, trainer = config["board"], _trainer(workers, max_failures, config)
     try:
         trainer.fit()
-    except ray.train.ControllerError as failed:
-        return failed.controller_failure.with_traceback(None)
     except ray.train.WorkerGroupError as failed:
         told_first: Any = ray.get(board.failure.remote())  # what one rank raised on purpose, and the others fell over
         if told_first is not None:
@@ -138,16 +164,15 @@ def _failed_start(workers: TrainWorkers, config: dict[str, Any]) -> Exception | 
         told = f" ({places})" if places and _TIMED_OUT.search(reason) else ""
         raise TrainError(
             f"training failed too often; last on rank {rank}: {reason}{told}",
-            knob="workers.collective_timeout_s" if told else "workers.max_failures",
+            knob="workers.collective_timeout_s" if told else _FAILURES,
         ) from failed
-    return None
 
 
 def _last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _trainer(workers: TrainWorkers, config: dict[str, Any]) -> Any:
+def _trainer(workers: TrainWorkers, max_failures: int, config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -165,7 +190,7 @@ def _trainer(workers: TrainWorkers, config: dict[str, Any]) -> Any:
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=config["stage_dir"],
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=0),
             worker_runtime_env={"env_vars": workers.env} if workers.env else None,
         ),
     )
@@ -212,6 +237,8 @@ def _worker(config: dict[str, Any]) -> None:
     if not job.workers.gpus_each:
         torch.set_num_threads(job.workers.torch_threads or 1)
     rank, host = ray.train.get_context().get_world_rank(), socket.gethostname()
+    if rank == 0:
+        board.begin.remote()
     try:
         outcome = train_rank(
             job,
@@ -223,7 +250,7 @@ def _worker(config: dict[str, Any]) -> None:
             stop_at=config["stop_at"],
             references=config["references"],
         )
-    except UnreadableError:
+    except UnreachableError:
         raise  # another attempt may find the storage well again
     except ITuneError as error:
         ray.get(board.fail.remote(error))

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from itune_ray.data import storage
-from itune_ray.errors import TrainError, UnreadableError
+from itune_ray.errors import TrainError, UnreachableError
 from itune_ray.train.checkpoint import Checkpoints
 from itune_ray.train.loop import train_local, train_rank
 from itune_ray.train.metrics import read_metrics
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept_and_not_passed_over(folder
         train_rank(job, prepared, str(tmp_path), on_place=stop_at_step(6))
     with monkeypatch.context() as patched:
         unreadable(patched, what)
-        with pytest.raises(UnreadableError, match="timed out"):
+        with pytest.raises(UnreachableError, match="timed out"):
             train_rank(job, prepared, str(tmp_path))
     assert saved(tmp_path) == [2, 4]
     train_rank(job, prepared, str(tmp_path))
@@ -169,7 +169,7 @@ def test_killed_while_a_checkpoint_is_written_it_resumes_from_the_one_before(fol
     job = job_of(folder, checkpoint={"every_steps": 2, "background": True})
     prepared = prepare_locally(job, tiny.chats(40), str(tmp_path))
     write = Checkpoints._write
-    monkeypatch.setattr(Checkpoints, "_write", lambda self, step, state: step == 4 or write(self, step, state))
+    monkeypatch.setattr(Checkpoints, "_write", lambda self, step, *rest: step == 4 or write(self, step, *rest))
     with pytest.raises(StoppedRun):
         train_rank(job, prepared, str(tmp_path), on_place=stop_at_step(6))
     monkeypatch.undo()

@@ -52,9 +52,10 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(folder, t
     assert [folder.name for folder in (tmp_path / "checkpoint").iterdir()] == ["step-000002"]
 
 
-def test_a_restart_forgets_no_loss(folder, tmp_path):
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_restart_forgets_no_loss(folder, tmp_path, log_every):
     """Three steps make a window; the run is stopped after two of them."""
-    settings = {"steps": 40, "batch": 4, "checkpoint": {"every_steps": 2}, "clip_norm": None}
+    settings = {"steps": 40, "batch": 4, "checkpoint": {"every_steps": 2}, "clip_norm": None, "log_every": log_every}
     job = tiny.job(folder, **settings, optimizer={"type": "adamw", "lr": 3.0}, divergence=STRICT)
     train_local(job, tiny.chats(16), str(tmp_path), stop_at=2)
     with pytest.raises(TrainError, match="diverged at step 3"):

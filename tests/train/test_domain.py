@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from itune_ray.data.batches import Batch, collate, model_inputs
 from itune_ray.data.order import PackedTable
-from itune_ray.data.records import Record
+from itune_ray.data.records import REPLAYED, Record
 from itune_ray.errors import ModelError
 from itune_ray.model.logprobs import TokenScores, install_fused_head
 from itune_ray.train.documents import GENERAL, SEGMENTS
@@ -319,6 +319,24 @@ def test_an_interrupted_run_is_the_uninterrupted_one_bit_for_bit(folder, tmp_pat
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     one, other = ((tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "parts"))
     assert one == other
+
+
+def test_rows_that_change_from_general_to_the_domains_are_another_reference(folder, tmp_path):
+    """The same documents in the same order."""
+    shared = str(tmp_path / "references")
+
+    def first_kl(name, records):
+        job, stage = domain_job(folder, steps=1, batch=20), str(tmp_path / name)
+        train_rank(job, prepare_locally(job, records, stage), stage, references=shared)
+        return abs(read_metrics(stage)[0]["kl"])
+
+    def swapped(record):
+        meta = {k: v for k, v in record.meta.items() if k != REPLAYED}
+        return replace(record, meta=meta if REPLAYED in record.meta else {**meta, REPLAYED: "general"})
+
+    assert first_kl("one", rows(20)) < 1e-6
+    assert first_kl("other", [swapped(record) for record in rows(20)]) < 1e-6
+    assert len(list((tmp_path / "references").iterdir())) == 2
 
 
 def test_a_reference_of_another_identity_is_made_anew(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -9,8 +10,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from itune_ray.config.strategies import TrainWorkers
 from itune_ray.data.order import PackedTable
-from itune_ray.errors import TrainError
+from itune_ray.errors import ClusterError, TrainError
 from itune_ray.train.loop import train_local
 from itune_ray.train.metrics import read_metrics
 from itune_ray.train.prepare import prepare_locally
@@ -145,13 +147,70 @@ def test_workers_of_which_one_dies_while_they_start_are_started_anew(local_ray, 
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("num", [2, (2, 3)])
+def test_workers_for_which_there_is_no_room_again_end_with_what_is_missing(
+    local_ray, folder, tmp_path, monkeypatch, num
+):
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    job, said = two_workers(folder, workers={"num": num, "cpus_each": 5, "start_timeout_s": 12}), []
+    prepared = prepare(job, tiny.chats(40), str(tmp_path))
+    with pytest.raises(ClusterError, match=r"2 training workers were not placed.*10 CPU.*free: 8 CPU.*start_timeout_s"):
+        fit(job, prepared, str(tmp_path), say=said.append)
+    assert said == ["waiting for room: 2 training workers ask for 10 CPU"]
+
+
+@pytest.mark.soak
+def test_elastic_workers_do_with_what_others_leave_them(local_ray, folder, tmp_path, monkeypatch):
+    from itune_ray.train.run import prepare
+    from itune_ray.train.workers import fit
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    holder = local_ray.util.placement_group([{"CPU": 3}])
+    assert holder.wait(30)
+    job, said = two_workers(folder, steps=3, workers={"num": (1, 4), "cpus_each": 2}), []
+    try:
+        fit(job, prepare(job, tiny.chats(40), str(tmp_path)), str(tmp_path), say=said.append)
+    finally:
+        local_ray.util.remove_placement_group(holder)
+    assert said == ["room for 2 of 4 training workers, since the rest is held: going on with these"]
+    assert {row["ranks"] for row in read_metrics(str(tmp_path))} == {2}
+
+
+def test_failures_are_counted_over_all_controllers(monkeypatch, tmp_path):
+    """Three are allowed: two under the first controller, and two starts of workers that died meanwhile."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+
+    from itune_ray.train import workers as module
+    from itune_ray.train.controller import StartError
+
+    causes = [WorkerGroupStartupTimeoutError(2), *[WorkerGroupStartupFailedError("died")] * 2]
+    ends, allowed = iter(zip(causes, (2, 0, 0), strict=True)), []
+
+    def controlled(workers, max_failures, config):
+        allowed.append(max_failures)
+        raise StartError(*next(ends))
+
+    monkeypatch.setattr(module, "_controlled", controlled)
+    monkeypatch.setattr(module.room, "await_room", lambda *_: None)
+    monkeypatch.setattr(module.ray, "get", lambda value: value)
+    board = SimpleNamespace(begun=SimpleNamespace(remote=lambda: len(allowed)))
+    config = {"board": board, "out": str(tmp_path)}
+    with pytest.raises(TrainError, match=r"failed too often; last to start: died"):
+        module._fit(TrainWorkers(num=2, max_failures=3), config, lambda line: None)
+    assert allowed == [3, 1, 0]
+
+
+@pytest.mark.soak
 def test_workers_that_cannot_start_are_one_line(local_ray, folder, tmp_path):
     from itune_ray.train.run import prepare
     from itune_ray.train.workers import fit
 
     workers = {"num": 2, "max_failures": 0, "env": {"GLOO_SOCKET_IFNAME": "no-such-interface"}}
     job, stage = two_workers(folder, workers=workers), str(tmp_path)
-    with pytest.raises(TrainError, match=r"failed to start too often: .*interface.*workers\.max_failures"):
+    with pytest.raises(TrainError, match=r"failed too often; last to start: .*interface.*workers\.max_failures"):
         fit(job, prepare(job, tiny.chats(40), stage), stage)
 
 
