@@ -16,7 +16,9 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RestartingState
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, WorkerGroupState
 
 from itune_ray import room
 
@@ -85,6 +87,25 @@ class Controller(TrainController):
         return self._failure_policy._worker_group_failures  # type: ignore[attr-defined]
 
 
+class RoomPolicy(ElasticScalingPolicy):
+    """As many workers as there is room for, where Ray's counts the whole of the cluster's nodes, what other jobs hold
+    of them too: it would ask for places that never become free."""
+
+    _held = 0
+    """Workers whose places are this run's already."""
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        self._held = worker_group_state.num_workers
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        each: Any = self.scaling_config._resources_per_worker_not_none
+        most = self.scaling_config.max_workers
+        return min(super()._count_possible_workers(reserved_resources), self._held + room.free(each, most))
+
+
 def run_controller(arguments: dict[str, Any]) -> Any:
     """Run a controller beside the driver to its end, and return its result; whatever ends this call ends it too.
 
@@ -94,6 +115,8 @@ def run_controller(arguments: dict[str, Any]) -> Any:
     Raises:
         StartError: The workers could not start.
     """
+    if isinstance(policy := arguments["scaling_policy"], ElasticScalingPolicy):
+        arguments = {**arguments, "scaling_policy": RoomPolicy(policy.scaling_config)}
     environment = {**_QUIET, **get_env_vars_to_propagate()}
     remote: Any = ray.remote(Controller)
     settings: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": room.beside_driver()}

@@ -110,10 +110,10 @@ def _fit(workers: TrainWorkers, config: dict[str, Any], say: Say) -> None:
     from itune_ray.train.controller import StartError
     from itune_ray.train.outcome import read_outcome
 
-    board, failures, begun, since, asked = config["board"], 0, 0, time.monotonic(), workers
+    board, failures, begun, since = config["board"], 0, 0, time.monotonic()
     while True:
         try:
-            return _controlled(asked, workers.max_failures - failures, config)
+            return _controlled(workers, workers.max_failures - failures, config)
         except StartError as failed:
             ended, cause = failed, _last_line(failed.cause)
         if read_outcome(config["out"]) is not None:
@@ -121,9 +121,7 @@ def _fit(workers: TrainWorkers, config: dict[str, Any], say: Say) -> None:
         failures += ended.failures
         begun_now: Any = ray.get(board.begun.remote())
         if begun_now > begun:
-            begun, since, asked = begun_now, time.monotonic(), workers
-        elif ended.without_room:
-            asked = _fewer(workers, say)
+            begun, since = begun_now, time.monotonic()
         if not ended.without_room:
             failures += 1
             if failures > workers.max_failures:
@@ -136,15 +134,6 @@ def _fit(workers: TrainWorkers, config: dict[str, Any], say: Say) -> None:
 
 
 _FAILURES = "workers.max_failures"
-
-
-def _fewer(workers: TrainWorkers, say: Say) -> TrainWorkers:
-    """As many as there is room for now. Ray counts the whole of a cluster's nodes, what others hold of them too."""
-    free = room.free(workers.each, workers.most)
-    if not workers.fewest <= free < workers.most:
-        return workers
-    say(f"room for {free} of {workers.most} training workers, since the rest is held: going on with these")
-    return workers.model_copy(update={"num": (workers.fewest, free)})
 
 
 def _controlled(workers: TrainWorkers, max_failures: int, config: dict[str, Any]) -> None:

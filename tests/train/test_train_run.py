@@ -1,5 +1,6 @@
 """Real Ray: tokenising on Ray Data, training under Ray Train, failures of workers."""
 
+import itertools
 import os
 import signal
 from types import SimpleNamespace
@@ -163,20 +164,22 @@ def test_workers_for_which_there_is_no_room_again_end_with_what_is_missing(
 
 
 @pytest.mark.soak
-def test_elastic_workers_do_with_what_others_leave_them(local_ray, folder, tmp_path, monkeypatch):
+def test_elastic_workers_take_what_others_leave_them_and_more_when_there_is_more(local_ray, folder, tmp_path):
     from itune_ray.train.run import prepare
     from itune_ray.train.workers import fit
 
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     holder = local_ray.util.placement_group([{"CPU": 3}])
     assert holder.wait(30)
-    job, said = two_workers(folder, steps=3, workers={"num": (1, 4), "cpus_each": 2}), []
-    try:
-        fit(job, prepare(job, tiny.chats(40), str(tmp_path)), str(tmp_path), say=said.append)
-    finally:
-        local_ray.util.remove_placement_group(holder)
-    assert said == ["room for 2 of 4 training workers, since the rest is held: going on with these"]
-    assert {row["ranks"] for row in read_metrics(str(tmp_path))} == {2}
+
+    def on_progress(step, total, row):
+        if step == 5:
+            local_ray.util.remove_placement_group(holder)
+
+    elastic = {"num": (1, 3), "cpus_each": 2, "resize_every_s": 1}
+    job = two_workers(folder, steps=4000, workers=elastic, checkpoint={"every_steps": 5})
+    fit(job, prepare(job, tiny.chats(40), str(tmp_path)), str(tmp_path), on_progress, stop_at=300)
+    ranks = [row["ranks"] for row in read_metrics(str(tmp_path))]
+    assert [count for count, _ in itertools.groupby(ranks)] == [2, 3]
 
 
 def test_failures_are_counted_over_all_controllers(monkeypatch, tmp_path):
