@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from clusters import RAY, machines
@@ -231,6 +232,10 @@ print([node["NodeID"] for node in ray.nodes() if node["Alive"] and sys.argv[2] i
 """
 
 
+NOTICED_S = 6
+"""Ray Train asks for notices every 5 s."""
+
+
 def test_a_machine_that_gives_notice_costs_no_step_and_no_failure(cluster, runs, tmp_path):
     """Its spot agent drains it; the ranks save a checkpoint at once, and Ray Train counts no failure."""
     calm, _ = runs
@@ -254,9 +259,14 @@ def test_a_machine_that_gives_notice_costs_no_step_and_no_failure(cluster, runs,
     asked = [sys.executable, "-c", NODE_ID, cluster.address, name]
     told = subprocess.run(asked, env=dict(cluster.environment), capture_output=True, text=True, check=True)
     node = told.stdout.split()[-1]
+    below = psutil.Process(cluster.nodes[name].process.pid).children(recursive=True)
+    (worker,) = [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
+    worker.suspend()  # sixty steps take fewer seconds than a notice
     drain = ["drain-node", "--address", cluster.address, "--node-id", node, "--deadline-remaining-seconds", "60"]
     drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption notice"]
     subprocess.run([str(RAY), *drain], env=dict(cluster.environment), check=True, capture_output=True)
+    time.sleep(NOTICED_S)
+    worker.resume()
     driver.until(lambda: saved() != [], "a checkpoint")
     cluster.nodes[name].kill()
     cluster.add("train-9", {"train": 1})
