@@ -95,7 +95,8 @@ def _hash(files: Iterable[Path]) -> str:
 def _file_hash(file: Path) -> str:
     size = file.stat().st_size
     if size <= WHOLE_FILE_BYTES:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        with file.open("rb") as stream:  # not read into memory at once: ranks do it beside their weights
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     content = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         for offset in range(0, size, max(1, size // 64)):  # 64 samples; the first holds the safetensors header
