@@ -14,7 +14,6 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from itune_ray.config.adaptation import SUPPORT
-from itune_ray.config.base import digest
 from itune_ray.config.train import TrainJob
 from itune_ray.data.ahead import Ahead
 from itune_ray.data.batches import Batch, collate
@@ -38,7 +37,7 @@ from itune_ray.train.outcome import TrainOutcome, pause_folder
 from itune_ray.train.pictured import shown_for, write_processor
 from itune_ray.train.prepare import PreparedData, prepare_locally
 from itune_ray.train.randomness import draws, seeded
-from itune_ray.train.reference import Reference, measure_for, reference_of
+from itune_ray.train.reference import Reference, measure_for, model_at_start, reference_of
 from itune_ray.train.renderer import load_renderer
 from itune_ray.train.reptile import OuterSteps
 from itune_ray.train.rows import VALIDATION, validation_job
@@ -139,7 +138,7 @@ def train_rank(
     kept = (Folder.at(stage_dir) / "checkpoint").uri
     origin = world.gather(built.origin if world.is_main else None)[0]  # nodes may hold other files beside the weights
     checkpoints = Checkpoints(kept, job.checkpoint, world, origin, job.workers.collective_timeout_s)
-    asking = _Asking(stepper, pad_id(tokenizer), _at_start(job, built), references)
+    asking = _Asking(stepper, pad_id(tokenizer), model_at_start(job, built.origin), references)
     rows = _rows(job, prepared.folder, stage_dir, asking)
     held_out = None
     if job.validation is not None:
@@ -222,14 +221,6 @@ class _Asking(NamedTuple):
     pad: int
     model: str
     references: str | None
-
-
-def _at_start(job: TrainJob, built: Built) -> str:
-    """Identity of what the model says before its first step: adapters that begin as no change are not part of it."""
-    peft = job.model.peft
-    change = "lora" if peft.name in ("lora", "rslora") else [peft.model_dump(mode="json"), job.seed]
-    model = [built.origin, job.model.added_tokens, job.model.attention, job.precision, change]
-    return digest([model, vars(job.objective).get("k")])
 
 
 def _rows(job: TrainJob, order: str, stage_dir: str, asking: _Asking) -> Rows:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from itune_ray.config.base import digest
+from itune_ray.config.train import TrainJob
 from itune_ray.data.batches import Batch
 from itune_ray.data.order import PackedRow, PackedTable
 from itune_ray.data.storage import Folder
@@ -80,6 +81,19 @@ MEASURES = (
 def measure_for(needs: Sequence[str]) -> Measure | None:
     """The measure whose columns an objective needs; None where it compares with nothing."""
     return next((measure for measure in MEASURES if not measure.columns.keys().isdisjoint(needs)), None)
+
+
+def model_at_start(job: TrainJob, origin: str) -> str:
+    """Identity of what the model says before its first step, and how much of it is asked for; adapters that begin as no
+    change are not part of it.
+
+    Args:
+        origin: `itune_ray.train.build.Built.origin`.
+    """
+    peft = job.model.peft
+    change = "lora" if peft.name in ("lora", "rslora") else [peft.model_dump(mode="json"), job.seed]
+    model = [origin, job.model.added_tokens, job.model.attention, job.precision, change]
+    return digest([model, vars(job.objective).get("k")])
 
 
 class Reference:
